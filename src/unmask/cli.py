@@ -1,0 +1,277 @@
+"""The `unmask` command: parses, calls the recipes, prints; imports what is heavy when needed."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from unmask.errors import UnmaskError
+
+screen, err = Console(), Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """Turns a user's mistake into one message on standard error and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        warnings.showwarning = _note
+        try:
+            return super().invoke(ctx)
+        except UnmaskError as mistake:
+            _say(f"Error: {mistake}")
+            raise typer.Exit(2) from mistake
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune a model by training a chosen few of its own weights, and keep only those.",
+)
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app(prog_name="unmask")
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        screen.print(f"unmask {installed('unmask')}", highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    task: Annotated[
+        str | None, typer.Option(help="A task's name, rte say. Default: the embedded sms_spam.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A hub id or a folder. Default: the embedded MiniLM.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="See `unmask methods`; `head` trains the new head alone.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Scalars (38000, 320K) or a share (0.1%). Default: 38000.")
+    ] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="A folder with <task>/{train,validation}.jsonl.gz.")
+    ] = None,
+    train_file: Annotated[
+        str | None, typer.Option(help="Your own rows: .jsonl, .csv or .tsv, also .gz.")
+    ] = None,
+    validation_file: Annotated[
+        str | None, typer.Option(help="Rows to measure on. Default: a tenth of --train-file.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text column of your file; twice for pairs.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Label column of your file.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Default: the task's.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens. Default: the task's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Default: 1e-3, 5e-5 for full.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Default: 16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: 0.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Parameters to choose from, a shell pattern.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Parameters to spare, a shell pattern.")
+    ] = None,
+    save_at: Annotated[
+        str | None, typer.Option(help="Keep deltas on the way: 10%,25%,50%,100% of the budget.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Fields of transformers.TrainingArguments (max_steps=500) and the method's own "
+            "(heuristic.exp=1, schedule.every=10). Repeatable.",
+        ),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Default: a new folder in runs/.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --out.")
+    ] = False,
+) -> None:
+    """Fine-tune; with no option at all, the embedded model on the embedded data, offline."""
+    given: dict[str, Any] = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("resume", "overwrite")
+    }
+    if resume and (overwrite or out is None):
+        raise UnmaskError("--resume goes with --out, the folder of the run, without --overwrite")
+    from unmask.recipes import config as configs
+    from unmask.recipes import run
+
+    if text is not None:
+        given["text"] = tuple(column for names in text for column in names.split(","))
+    if settings is not None:
+        given["settings"] = dict(map(configs.parse_setting, settings))
+    if save_at is not None:
+        given["save_at"] = configs.parse_levels(save_at)
+    config = run.placed(run.asked(given, resume=resume))
+    if resume and (done := run.finished(config)) is not None:
+        _say(f"the run in {config.out} is finished", screen)
+        _summary(config.out, done)
+        return
+    _say(f"{config.method} on {config.task or config.train_file}, into {config.out}", screen)
+    try:
+        metrics = run.train(config, resume=resume, overwrite=overwrite, console=screen)
+    except KeyboardInterrupt:
+        _say(f"stopped; to go on: unmask train --resume --out {config.out}")
+        raise typer.Exit(130) from None
+    _summary(config.out, metrics)
+
+
+@app.command()
+def evaluate(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Measure a run again, from the base model and its delta."""
+    from unmask.recipes.run import evaluate as measure
+
+    for part, value in (found := measure(run))["values"].items():
+        _say(f"{found['task']} {part}: {found['metric']} {value:.6f}", screen)
+
+
+@app.command()
+def inspect(
+    delta: Annotated[Path, typer.Argument(help="A delta's folder, or a run's.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a delta changes: budget, tensors, bytes, base, allotment."""
+    from unmask.delta import Delta
+
+    path = _delta_folder(delta)
+    found = Delta.load(path)
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    report = {
+        "active": found.active,
+        "tensors": len(found.sparse),
+        "bytes": size,
+        "base": found.base,
+        "whole": {name: list(tensor.shape) for name, tensor in found.full.items()},
+        "buffers": {name: list(tensor.shape) for name, tensor in found.buffers.items()},
+        "allotment": [
+            {"name": row.name, "shape": list(row.shape), "changed": row.changed, "share": row.share}
+            for row in found.tensors
+        ],
+        "info": dict(found.info),
+    }
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    table = Table("tensor", "shape", "changed", "share", title=f"{path}")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in found.tensors:
+        table.add_row(row.name, _shape(row.shape), f"{row.changed:,}", f"{row.share:.3%}")
+    for name, tensor in (*found.full.items(), *found.buffers.items()):
+        table.add_row(name, _shape(tensor.shape), "whole", "")
+    screen.print(table)
+    base = found.info.get("base_model_name_or_path") or "a model without a name"
+    _say(
+        f"{found.active:,} scalars in {len(found.sparse)} tensors, {len(found.full)} whole, "
+        f"{_bytes(size)}; base {base}, fingerprint {found.base[:12]}",
+        screen,
+    )
+
+
+@app.command()
+def apply(
+    model: Annotated[str, typer.Argument(help="The base: a folder or a hub id.")],
+    delta: Annotated[Path, typer.Argument(help="A delta's folder, or a run's.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where to write the model.")],
+) -> None:
+    """Write a plain model folder with the delta merged in, for from_pretrained."""
+    from unmask.delta import Delta
+
+    loaded = Delta.load(_delta_folder(delta))
+    from unmask.recipes import models
+    from unmask.recipes.run import calm
+
+    with calm():
+        merged = models.merge(model, loaded, folder)
+    _say(
+        f"{type(merged).__name__} with {loaded.active:,} changed scalars written to {folder}",
+        screen,
+    )
+
+
+@app.command()
+def methods() -> None:
+    """List every method with its formula, what it keeps in memory, and its source."""
+    from unmask.recipes import choose
+
+    table = Table("method", "what is trained", "memory", "source", show_lines=True)
+    for row in choose.catalogue():
+        table.add_row(row.name, row.formula, row.memory, row.source)
+    screen.print(table)
+    _say(
+        "B: the budget; N: all eligible scalars. Memory: beyond the weights, with AdamW.",
+        screen,
+    )
+
+
+def _summary(folder: str | None, m: dict[str, Any]) -> None:
+    """What a run gave, and what to do next."""
+    share = m["active"] / m["parameters"]
+    rows = [
+        (f"{m['metric']} before", f"{m['before']:.4f}"),
+        (f"{m['metric']} after", f"{m['value']:.4f}   (best measured {m['best']:.4f})"),
+        ("changed", f"{m['active']:,} of {m['parameters']:,} scalars ({share:.2%})"),
+        ("new head", f"{m['head']:,} scalars"),
+        ("file size", f"{_bytes(m['delta_bytes'])} (full model: {_bytes(m['model_bytes'])})"),
+        ("time", f"{m['train_seconds']:.0f} s for {m['steps']:,} steps on {m['device']}"),
+        *((f"at {e['share']:.0%} of budget", f"{e['value']:.4f}") for e in m["series"]),
+        ("run", str(folder)),
+        ("next", f"unmask inspect {folder}"),
+        ("", f"unmask evaluate {folder}"),
+    ]
+    for name, value in rows:
+        _say(f"{name:<20} {value}", screen)
+
+
+def _delta_folder(path: Path) -> Path:
+    """A run's folder stands for its delta."""
+    inside = path / "delta"
+    return inside if inside.is_dir() and not (path / "adapter_config.json").exists() else path
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
+
+
+def _say(text: str, console: Console = err) -> None:
+    """A plain line, never wrapped: paths and commands must survive copying."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    ours = category.__name__ == "UnmaskWarning"
+    _say(f"note: {message}" if ours else f"{category.__name__}: {message}")

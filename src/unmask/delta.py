@@ -1,0 +1,294 @@
+"""`Delta`: what fine-tuning changed, as a small file and as a patch that can be undone."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from unmask import sealed
+from unmask.errors import UnmaskError
+from unmask.sparse import Sparse, bits, describe, fingerprint
+
+__all__ = ["Delta", "Row", "Sparse", "fingerprint"]
+
+LAYOUT = "plain"
+
+
+class Row(NamedTuple):
+    """One tensor's part of the budget: `changed` of its scalars, which is `share` of them."""
+
+    name: str
+    shape: tuple[int, ...]
+    changed: int
+    share: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Delta:
+    """What fine-tuning changed: scalars by name and position, and a few tensors whole.
+
+    `sparse` holds absolute values, not differences, so that applying is exact. `full` (a freshly
+    initialised head) and `buffers` (batch-norm statistics) are stored whole and are no part of the
+    base check; they are copied, so a live module's tensors may be handed in. `base` is the
+    `fingerprint` of the base's values at the changed positions. `info` is any JSON object.
+
+    >>> at = torch.tensor([1, 3])
+    >>> base = {"weight": Sparse((2, 2), at, torch.zeros(2))}
+    >>> Delta({"weight": Sparse((2, 2), at, torch.ones(2))}, base=fingerprint(base))
+    Delta(active=2, tensors=1, full=0, buffers=0, nbytes=16)
+    """
+
+    sparse: Mapping[str, Sparse]
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    base: str = field(kw_only=True)
+    info: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        names = [*self.sparse, *self.full, *self.buffers]
+        if len(set(names)) != len(names):
+            raise UnmaskError("a tensor is in the delta both sparsely and whole; keep it once")
+        if not re.fullmatch("[0-9a-f]{64}", self.base):
+            raise UnmaskError(f"base={self.base!r} isn't what fingerprint() returns")
+        try:
+            "".join(names).encode()
+            info = json.loads(sealed.canonical(dict(self.info)))  # as a saved delta would have it
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise UnmaskError(f"names and info must fit into a JSON file: {exc}") from exc
+        object.__setattr__(self, "info", info)
+        object.__setattr__(self, "sparse", dict(sorted(self.sparse.items())))
+        for part in ("full", "buffers"):
+            copies = {name: _copy(tensor) for name, tensor in sorted(getattr(self, part).items())}
+            object.__setattr__(self, part, copies)
+
+    @property
+    def active(self) -> int:
+        """Scalars changed; the tensors stored whole don't count."""
+        return sum(row.changed for row in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take on disk."""
+        return sum(tensor.nbytes for tensor in self._encode().values())
+
+    @property
+    def tensors(self) -> list[Row]:
+        """How the budget was allotted, a row a tensor."""
+        return [
+            Row(name, part.shape, len(part.indices), len(part.indices) / max(part.numel, 1))
+            for name, part in self.sparse.items()
+        ]
+
+    @cached_property
+    def after(self) -> str:
+        """Fingerprint of the delta's own values: what a model has once it is applied."""
+        return fingerprint(self.sparse)
+
+    def __repr__(self) -> str:
+        counts = {
+            "active": self.active,
+            "tensors": len(self.sparse),
+            "full": len(self.full),
+            "buffers": len(self.buffers),
+            "nbytes": self.nbytes,
+        }
+        return f"Delta({', '.join(f'{name}={count:,}' for name, count in counts.items())})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all content is the same, bit for bit."""
+        if not isinstance(other, Delta):
+            return NotImplemented
+        if (self.base, self.info, self._shapes()) != (other.base, other.info, other._shapes()):
+            return False
+        ours, theirs = self._encode(), other._encode()
+        return ours.keys() == theirs.keys() and all(
+            describe(ours[key]) == describe(theirs[key])
+            and torch.equal(bits(ours[key]), bits(theirs[key]))
+            for key in ours
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the delta into the directory `path` and return it; other files there stay.
+
+        Equal deltas give equal bytes. A crash leaves no half-written file under its final name.
+        """
+        folder = Path(path)
+        config = {"layout": LAYOUT, "base": self.base, "info": self.info, "shapes": self._shapes()}
+        sealed.write(folder, config, self._encode())
+        return folder
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Delta:
+        """Read the delta in the directory `path`, refused if a single bit isn't as it was saved.
+
+        Nothing in it is trusted: checksums first, then every name, dtype, shape and index.
+        """
+        config, tensors = sealed.read(Path(path))
+        layout, base, info, shapes = map(config.get, ("layout", "base", "info", "shapes"))
+        if layout != LAYOUT:
+            raise UnmaskError(
+                f"'{path}' has layout {layout!r}, this unmask reads {LAYOUT!r}; "
+                "upgrade unmask, or save the delta again in that layout"
+            )
+        try:
+            if not (isinstance(base, str) and isinstance(info, dict) and isinstance(shapes, dict)):
+                raise UnmaskError("'base', 'info' or 'shapes' is missing or of another type")
+            return cls(*_decode(tensors, shapes), base=base, info=info)
+        except UnmaskError as exc:
+            raise UnmaskError(f"'{path}' isn't a delta: {exc}; save or download it again") from exc
+
+    def apply(self, model: nn.Module) -> Delta:
+        """Write the delta into `model`, in place, and return the Delta that undoes it bit for bit.
+
+        All or nothing: everything is verified before anything is written, and a failure on the way
+        is rolled back. Applying the undo returns this very delta again.
+        """
+        with torch.no_grad():
+            targets = self._targets(model)
+            before = {name: part.of(targets[name]) for name, part in self.sparse.items()}
+            if (found := fingerprint(before)) != self.base:
+                raise UnmaskError(self._wrong_base(found))
+            full = {name: targets[name] for name in self.full}
+            buffers = {name: targets[name] for name in self.buffers}
+            undo = Delta(before, full, buffers, base=self.after, info=self.info)
+            vars(undo)["after"] = found  # known already; spares the undo a pass
+            try:
+                self._write(targets)
+            except BaseException:  # an interrupt halfway, or a device out of memory
+                undo._write(targets)
+                raise
+            return undo
+
+    def _write(self, targets: Mapping[str, Tensor]) -> None:
+        for name, part in self.sparse.items():
+            part.write(targets[name])
+        for name, tensor in {**self.full, **self.buffers}.items():
+            bits(targets[name]).copy_(bits(tensor))
+
+    def _targets(self, model: nn.Module) -> dict[str, Tensor]:
+        """Find the tensors of `model` that the delta changes; all are fit to be written to."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        targets = {
+            name: _target(parameters, name, part.shape, part.values.dtype)
+            for name, part in self.sparse.items()
+        }
+        for held, whole in ((parameters, self.full), (buffers, self.buffers)):
+            for name, tensor in whole.items():
+                targets[name] = _target(held, name, tuple(tensor.shape), tensor.dtype)
+        owners: dict[tuple[torch.device, int], str] = {}
+        for name, tensor in targets.items():
+            owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
+            if owner != name and tensor.numel():
+                raise UnmaskError(
+                    f"the delta changes {owner!r} and {name!r} separately, but they are one tied "
+                    "tensor in this model; untie them as in the model that the delta was made on"
+                )
+        return targets
+
+    def _wrong_base(self, found: str) -> str:
+        if found == self.after:
+            return "the delta is already applied to this model; undo it, or load a fresh base"
+        name = self.info.get("base_model_name_or_path")
+        return (
+            f"wrong base: the delta was made on {repr(name) if name else 'a model'} with "
+            f"fingerprint {self.base[:12]} at the {self.active:,} changed positions, here it is "
+            f"{found[:12]}: another model or revision, or one that was trained further, went "
+            "through another dtype or has another delta applied; load the base afresh"
+        )
+
+    # The plain layout, with `_decode` as its inverse. Another layout is another such pair.
+
+    def _encode(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, part in self.sparse.items():
+            tensors[f"indices.{name}"] = part.indices.to(_index_dtype(part.numel))
+            tensors[f"values.{name}"] = part.values
+        tensors |= {f"full.{name}": tensor for name, tensor in self.full.items()}
+        return tensors | {f"buffers.{name}": tensor for name, tensor in self.buffers.items()}
+
+    def _shapes(self) -> dict[str, str]:
+        # A line a tensor, "768x3072", keeps the config small and readable.
+        return {name: "x".join(map(str, part.shape)) for name, part in self.sparse.items()}
+
+
+def _decode(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]
+) -> tuple[dict[str, Sparse], dict[str, Tensor], dict[str, Tensor]]:
+    groups: dict[str, dict[str, Tensor]] = {"indices": {}, "values": {}, "full": {}, "buffers": {}}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition(".")
+        if group not in groups:
+            raise UnmaskError(f"unknown key {key!r}")
+        groups[group][name] = tensor
+    indices, values = groups["indices"], groups["values"]
+    if odd := (indices.keys() ^ values.keys()) | (indices.keys() ^ shapes.keys()):
+        raise UnmaskError(f"{min(odd)!r} lacks its indices, its values or its shape")
+    sparse = {}
+    for name, at in indices.items():
+        try:
+            shape = _parse_shape(shapes[name])
+            if at.dtype != _index_dtype(math.prod(shape)):
+                raise UnmaskError(f"indices are {describe(at)}, of the wrong width")
+            sparse[name] = Sparse(shape, at.to(torch.int64), values[name])
+        except UnmaskError as exc:
+            raise UnmaskError(f"in {name!r} {exc}") from None
+    return sparse, groups["full"], groups["buffers"]
+
+
+def _parse_shape(text: object) -> tuple[int, ...]:
+    if not isinstance(text, str) or not re.fullmatch("([0-9]{1,19}(x[0-9]{1,19})*)?", text):
+        raise UnmaskError(f"{text!r} is no shape")
+    return tuple(map(int, text.split("x"))) if text else ()
+
+
+def _index_dtype(numel: int) -> torch.dtype:
+    return torch.int32 if numel <= torch.iinfo(torch.int32).max else torch.int64
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    bits(tensor)  # refuses what can't be compared and written bit for bit
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _target(
+    held: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Find the tensor `name`, refused unless the delta's bits can be written straight into it."""
+    if name not in held:
+        near = difflib.get_close_matches(name, held, 1)
+        raise UnmaskError(
+            f"the delta changes {name!r}, which this model doesn't have"
+            f"{f' (it has {near[0]!r})' if near else ''}; apply it to the unwrapped architecture "
+            "that it was made on"
+        )
+    if is_lazy(held[name]) or held[name].is_meta:
+        raise UnmaskError(f"{name!r} holds no data yet; load the weights before the delta")
+    tensor = held[name].detach()
+    plain = type(tensor) is Tensor and not (
+        dtype.is_floating_point and not tensor.is_floating_point()
+    )
+    if not plain:
+        remedy = "it is quantised or sharded: apply the delta to the plain model first"
+    elif tuple(tensor.shape) != shape:
+        remedy = "apply the delta to a model of its base's sizes (vocabulary, classes)"
+    elif tensor.dtype != dtype:
+        remedy = f"load the base in {dtype}, apply the delta, then cast"
+    elif any(size > 1 and not step for size, step in zip(shape, tensor.stride(), strict=True)):
+        remedy = "it is an expanded view, one scalar seen many times: clone it first"
+    else:
+        return tensor
+    asked = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+    raise UnmaskError(f"{name!r} is {asked} in the delta, {describe(tensor)} here; {remedy}")

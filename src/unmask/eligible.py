@@ -1,0 +1,126 @@
+"""Which scalars a method may choose from: a model's parameters as one ordered, tied-once list."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from unmask.errors import UnmaskError
+
+Patterns = str | Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Eligible:
+    """Named tensors in the order of `named_parameters()`; scalar i of tensor k has the global
+    index `offsets[k] + i`, so one number names a scalar of the model and orders ties."""
+
+    parameters: Mapping[str, nn.Parameter]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.parameters)
+
+    @cached_property
+    def tensors(self) -> tuple[nn.Parameter, ...]:
+        return tuple(self.parameters.values())
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each tensor starts; one more entry than tensors, the last being the total."""
+        total, starts = 0, [0]
+        for tensor in self.tensors:
+            total += tensor.numel()
+            starts.append(total)
+        return tuple(starts)
+
+    @property
+    def total(self) -> int:
+        return self.offsets[-1]
+
+    def owner(self, scalar: int) -> int:
+        """The position of the tensor that holds the scalar of this global index."""
+        return bisect_right(self.offsets, scalar) - 1
+
+    def split(self, index: Tensor) -> Iterator[tuple[int, int, int]]:
+        """(tensor position, start, stop) of each tensor's run in sorted global indices."""
+        bounds = index.new_tensor(self.offsets[1:-1]) if len(self.tensors) > 1 else index[:0]
+        cuts = [0, *torch.searchsorted(index, bounds).tolist(), len(index)]
+        for position, (start, stop) in enumerate(pairwise(cuts)):
+            if stop > start:
+                yield position, start, stop
+
+
+def find(
+    model: nn.Module,
+    include: Patterns = "*",
+    exclude: Patterns = (),
+    train_fully: Patterns = (),
+) -> tuple[Eligible, dict[str, nn.Parameter]]:
+    """The eligible scalars, and the parameters to train in full, outside the budget.
+
+    Eligible is every floating-point parameter that requires a gradient, matches `include` and
+    neither `exclude` nor `train_fully`. Patterns are the shell's and speak of parameter names; a
+    tied parameter counts once, under its first name, and answers to every name it has.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnmaskError(f"attach() was given {model!r} for its model; give a torch.nn.Module")
+    includes, excludes, fully = (_listed(p) for p in (include, exclude, train_fully))
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    everything = dict(model.named_parameters())
+    if not everything:
+        raise UnmaskError("attach() was given a model without parameters; give it a model to train")
+
+    def matches(parameter: nn.Parameter, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, p) for name in aliases[id(parameter)] for p in patterns)
+
+    for option, patterns in (("include", includes), ("exclude", excludes), ("train_fully", fully)):
+        for pattern in patterns:
+            if not any(matches(parameter, [pattern]) for parameter in everything.values()):
+                raise UnmaskError(
+                    f"{option}={pattern!r} matches none of the {len(everything)} parameters "
+                    f"({', '.join(list(everything)[:3])}, ...); patterns are the shell's, "
+                    "as in 'encoder.*.weight'"
+                )
+    whole = {n: p for n, p in everything.items() if matches(p, fully)}
+    chosen = {
+        n: p
+        for n, p in everything.items()
+        if n not in whole
+        and p.requires_grad
+        and p.is_floating_point()
+        and matches(p, includes)
+        and not matches(p, excludes)
+    }
+    for name, parameter in (*whole.items(), *chosen.items()):
+        if parameter.is_meta:
+            raise UnmaskError(
+                f"parameter {name!r} is on the meta device and has no values; "
+                "load the model's weights before attach()"
+            )
+        if not parameter.is_floating_point():
+            raise UnmaskError(
+                f"train_fully matches {name!r} of dtype {parameter.dtype}, which can't be trained; "
+                "leave it out"
+            )
+    if not chosen:
+        frozen = sum(not p.requires_grad for p in everything.values())
+        raise UnmaskError(
+            f"no parameter is eligible: {len(everything)} parameters, {frozen} of them frozen "
+            f"(requires_grad=False), {len(whole)} trained fully; widen include=, narrow exclude= "
+            "or unfreeze some"
+        )
+    return Eligible(chosen), whole
+
+
+def _listed(patterns: Patterns) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)

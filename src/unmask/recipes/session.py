@@ -1,0 +1,232 @@
+"""One run put together: data, model, tuner, trainer; measure, keep, report."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+import unmask
+from unmask import Delta, UnmaskError, attach
+from unmask.delta import fingerprint
+from unmask.integrations.transformers import UnmaskCallback
+from unmask.methods import Method
+from unmask.recipes import choose, models, presets
+from unmask.recipes.config import RunConfig
+from unmask.recipes.data import Data
+from unmask.recipes.folder import PROGRESS, RunFolder, whole_folder
+from unmask.recipes.progress import ProgressBar
+from unmask.recipes.trainer import Recorder, RunTrainer
+
+
+class Session:
+    """The parts of a run, made from its config; nothing is written until `train`."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, source: Data) -> None:
+        self.config, self.folder, self.source = config, folder, source
+        self.task = source.task
+        self.arguments = arguments(config, source, folder)
+        self.loaded = models.load(config.model, self.task, config.seed)
+        model = self.loaded.model
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.seconds = 0.0  # of training, in all the run's processes
+        self.before = 0.0
+
+    def attach(self, method: Method) -> None:
+        """Let the method choose among the pretrained weights, and train the new head whole."""
+        config, head = self.config, self.loaded.head
+        self.head_only = config.method == choose.HEAD
+        if self.head_only and not head:
+            raise UnmaskError(
+                f"--method {choose.HEAD} trains a new head, but {config.model!r} has one; "
+                "give a model without a head for this task, or another method"
+            )
+        self.tuner = attach(
+            self.loaded.model,
+            method,
+            include=head if self.head_only else config.include,
+            exclude=config.exclude,
+            train_fully=() if self.head_only else head,
+        )
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(self.arguments)
+        options |= {"lr": config.lr, "weight_decay": self.arguments.weight_decay}
+        self.optimizer = self.tuner.optimizer(kind, **options)
+
+    def begin(self, checkpoints: Sequence[Path], console: Console | None) -> None:
+        """Make the trainer, to go on from the last checkpoint if there is any."""
+        self.checkpoint = str(checkpoints[-1]) if checkpoints else None
+        self.bar = ProgressBar(self.tuner, console) if console else None
+        recorder = Recorder(self.tuner, self.config.save_at, self.measure, self.keep_level)
+        callbacks = [UnmaskCallback(self.tuner), recorder, *([self.bar] if self.bar else [])]
+        self.trainer = self._trainer(optimizers=(self.optimizer, None), callbacks=callbacks)
+        if self.checkpoint is None:
+            self.before = self.measure()[0]
+            recorder.history.clear()
+        else:
+            done = RunFolder(Path(self.checkpoint)).read(PROGRESS)
+            self.before, self.seconds = done["before"], done["train_seconds"]
+            recorder.resume(done)
+        self.recorder = recorder
+
+    def train(self) -> None:
+        """Take all steps that are left."""
+        self._clock = time.perf_counter()
+        try:
+            self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        finally:
+            if self.bar:
+                self.bar.close()
+        self.seconds = self._elapsed()
+
+    def measure(self) -> tuple[float, dict[str, float]]:
+        """The task's metric on its first validation part, and on each by name."""
+        if not hasattr(self, "trainer"):
+            self.trainer = self._trainer()
+        key = f"eval_{self.task.metric}"
+        values = {part: self.trainer.evaluate(rows)[key] for part, rows in self._encoded.items()}
+        return next(iter(values.values())), values
+
+    def keep(self, path: Path) -> Delta:
+        """Store what the run has changed so far."""
+        delta = self.delta()
+        with whole_folder(path) as staging:
+            delta.save(staging)
+        return delta
+
+    def keep_level(self, share: float) -> None:
+        """Store the delta of one level of the series."""
+        self.keep(self.folder.series(share))
+
+    def delta(self) -> Delta:
+        """The tuner's delta, with what it takes to build the same model around it again."""
+        delta = self.tuner.delta()
+        if self.head_only:
+            # The head was the eligible part here; it is no change to the pretrained model.
+            trained = dict(self.loaded.model.named_parameters())
+            delta = Delta({}, {n: trained[n] for n in self.loaded.head}, base=fingerprint({}))
+        info = {
+            "base_model_name_or_path": self.config.model,
+            "task": self.task.name,
+            "head": models.described(self.loaded.model),
+        }
+        return replace(delta, info={**delta.info, **info})
+
+    def report(self, delta: Delta) -> dict[str, Any]:
+        """Everything a run is worth knowing for, as plain JSON."""
+        value, values = self.measure()
+        config, key = self.config, f"eval_{self.task.metric}"
+        head = sum(tensor.numel() for tensor in delta.full.values())
+        budget = 0 if self.head_only else self.tuner.budget
+        return {
+            "task": self.task.name,
+            "model": config.model,
+            "method": config.method,
+            "budget": budget,
+            "active": delta.active,
+            "trainable": budget + head,
+            "head": head,
+            "parameters": self.parameters,
+            "metric": self.task.metric,
+            "before": self.before,
+            "value": value,
+            "values": values,
+            "best": max([value, *(h[key] for h in self.recorder.history if key in h)]),
+            "steps": self.trainer.state.global_step,
+            "updates": 0 if self.head_only else self.tuner.updates,
+            "seed": config.seed,
+            "lr": config.lr,
+            "batch_size": config.batch_size,
+            "train_rows": len(self.source.train),
+            "validation_rows": {part: len(rows) for part, rows in self.source.validation.items()},
+            "train_seconds": self.seconds,
+            "peak_memory_bytes": peak_memory(),
+            "delta_bytes": sum(f.stat().st_size for f in self.folder.delta.iterdir()),
+            "model_bytes": self.model_bytes,
+            "device": str(self.trainer.args.device),
+            "versions": {
+                "unmask": unmask.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "series": self.recorder.series,
+            "history": self.recorder.history,
+        }
+
+    def progress(self) -> dict[str, Any]:
+        """What the run has measured so far, for its checkpoints."""
+        return {
+            "before": self.before,
+            "train_seconds": self._elapsed(),
+            "history": self.recorder.history,
+            "series": self.recorder.series,
+        }
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self._clock
+
+    def _trainer(self, **options: Any) -> RunTrainer:
+        rows = self.source.train if "callbacks" in options else self.source.train[:1]
+        return RunTrainer(
+            self.folder,
+            self.progress,
+            model=self.loaded.model,
+            args=self.arguments,
+            processing_class=self.loaded.tokenizer,
+            train_dataset=models.encode(self.loaded, self.task, rows),
+            eval_dataset=self._encoded[next(iter(self._encoded))],
+            compute_metrics=self._compute_metrics,
+            **options,
+        )
+
+    @cached_property
+    def _encoded(self) -> dict[str, list[dict[str, Any]]]:
+        """The validation parts, short rows first: less padding, the same metric."""
+        parts = self.source.validation.items()
+        encoded = {part: models.encode(self.loaded, self.task, rows) for part, rows in parts}
+        return {p: sorted(rows, key=lambda r: len(r["input_ids"])) for p, rows in encoded.items()}
+
+    def _compute_metrics(self, predicted: Any) -> dict[str, float]:
+        return {self.task.metric: self.task.score(predicted.predictions, predicted.label_ids)}
+
+
+def arguments(config: RunConfig, source: Data, folder: RunFolder) -> transformers.TrainingArguments:
+    """The trainer's arguments: ours, then what the user set."""
+    task = source.task
+    try:
+        return transformers.TrainingArguments(
+            output_dir=str(folder.path),
+            num_train_epochs=task.epochs,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=float(config.lr or 0),
+            seed=config.seed,
+            disable_tqdm=True,
+            log_level="error",
+            **config.training(presets.training(task)),
+        )
+    except (ValueError, TypeError) as problem:
+        if isinstance(problem, UnmaskError):
+            raise
+        raise UnmaskError(f"the training settings don't fit together: {problem}") from problem
+
+
+def peak_memory() -> int:
+    """The most memory that this process held: of the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,252 @@
+"""The one trainable vector and its slots: which entry of `values` stands for which scalar.
+
+A scalar is named by its global index (see `eligible`). The table is sorted by scalar, so that
+gathering and writing back walk the model's memory once, in order; an entry's position in `values`
+is handed out when its scalar is unmasked and stays, so that optimiser state never moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unmask.eligible import Eligible
+from unmask.errors import UnmaskError
+
+TABLE = ("index", "position", "base", "retired", "retired_base")
+
+
+class Values(nn.Parameter):
+    """The master copies of the unmasked scalars: all that an optimiser ever sees of them.
+
+    Reading `.grad` brings the gradient in from the model, at the latest moment that still serves
+    whoever asks: clipping, a gradient scaler, or the optimiser's step.
+    """
+
+    collect: Callable[[], Tensor | None] | None = None
+    assign: Callable[[Tensor | None], None] | None = None
+
+    @property
+    def grad(self) -> Tensor | None:
+        return None if self.collect is None else self.collect()
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if self.assign is not None:
+            self.assign(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """A new table, not yet in force: sorted scalars, their positions, and what is fresh in it."""
+
+    index: Tensor
+    position: Tensor
+    fresh: Tensor  # scalars that enter, sorted
+    entered: Tensor  # their positions
+    left: Tensor  # scalars that leave, sorted
+    vacated: Tensor  # the positions they had
+
+    def at(self, index: Tensor) -> Tensor:
+        """The positions of these scalars, all in the table."""
+        return self.position[torch.searchsorted(self.index, index)]
+
+
+class Slots:
+    """`values` of fixed length `budget`; its filled slots, their base values, and the retired.
+
+    index     sorted global indices of the current scalars, int64
+    position  their places in `values` and `base`, int64
+    base      what the weights were before training, for every filled slot
+    retired   sorted global indices of scalars that were trained once and aren't now, with
+    retired_base  their base values, so that undoing everything stays exact
+    """
+
+    def __init__(self, eligible: Eligible, budget: int) -> None:
+        self.eligible = eligible
+        wide = any(t.dtype == torch.float64 for t in eligible.tensors)
+        device = eligible.tensors[0].device
+        self.values = Values(
+            torch.zeros(budget, dtype=torch.float64 if wide else torch.float32, device=device)
+        )
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def clear(self) -> None:
+        """No slot is filled, nothing was ever trained."""
+        with torch.no_grad():
+            self.values.zero_()
+        self.base = torch.zeros_like(self.values.data)
+        self.index = torch.empty(0, dtype=torch.int64, device=self.values.device)
+        self.position = self.index.clone()
+        self.retired = self.index.clone()
+        self.retired_base = self.base[:0].clone()
+        self.handed_out = 0  # positions below it have held a scalar at some time
+
+    def at(self, index: Tensor) -> Tensor:
+        """The positions of these scalars, all of them current."""
+        return self.position[torch.searchsorted(self.index, index)]
+
+    def extend(self, fresh: Tensor) -> Change:
+        """The table with these scalars (sorted, none of them current) in the next free slots."""
+        entered = self._places(len(fresh), self.position)
+        index, position = _merge(self.index, fresh, self.position, entered)
+        return Change(index, position, fresh, entered, fresh[:0], fresh[:0])
+
+    def replace(self, chosen: Tensor) -> Change:
+        """The table of exactly these scalars (sorted); those that stay keep their positions."""
+        stays = torch.isin(self.index, chosen, assume_unique=True)
+        fresh = chosen[~torch.isin(chosen, self.index, assume_unique=True)]
+        entered = self._places(len(fresh), self.position[stays])
+        index, position = _merge(self.index[stays], fresh, self.position[stays], entered)
+        return Change(index, position, fresh, entered, self.index[~stays], self.position[~stays])
+
+    def _places(self, count: int, occupied: Tensor) -> Tensor:
+        """That many free positions, vacated ones first."""
+        unused = torch.arange(self.handed_out, self.handed_out + count, device=occupied.device)
+        if len(occupied) == self.handed_out:
+            return unused
+        vacant = torch.ones(self.handed_out, dtype=torch.bool, device=occupied.device)
+        vacant[occupied] = False
+        return torch.cat([vacant.nonzero().squeeze(1), unused])[:count]
+
+    def commit(self, change: Change) -> Tensor:
+        """Put a change into force: read the weights of what enters, keep the base of what leaves.
+
+        Returns the positions now in use that held another scalar before.
+        """
+        if len(change.left):
+            self.retired, self.retired_base = _merge(
+                self.retired, change.left, self.retired_base, self.base[change.vacated]
+            )
+        if len(change.fresh):
+            weights = self.read(change.fresh)
+            base = weights.clone()
+            again = torch.isin(change.fresh, self.retired, assume_unique=True)
+            if again.any():  # trained before: its base is older than its weight
+                place = torch.searchsorted(self.retired, change.fresh[again])
+                base[again] = self.retired_base[place]
+                keep = torch.ones_like(self.retired, dtype=torch.bool)
+                keep[place] = False
+                self.retired, self.retired_base = self.retired[keep], self.retired_base[keep]
+            with torch.no_grad():
+                self.values[change.entered] = weights
+            self.base[change.entered] = base
+        self.index, self.position = change.index, change.position
+        reused = change.entered[change.entered < self.handed_out]
+        self.handed_out += len(change.entered) - len(reused)
+        return reused
+
+    def touched(self) -> tuple[Tensor, Tensor]:
+        """(sorted global indices, base values) of every scalar ever trained."""
+        return _merge(self.index, self.retired, self.base[self.position], self.retired_base)
+
+    def read(self, index: Tensor) -> Tensor:
+        """The weights at sorted global indices, in the dtype of `values`."""
+        out = torch.zeros(len(index), dtype=self.values.dtype, device=self.values.device)
+        for k, start, stop in self.eligible.split(index):
+            out[start:stop] = self.pick(k, self.eligible.tensors[k], index[start:stop])
+        return out
+
+    def pick(self, k: int, tensor: Tensor, index: Tensor) -> Tensor:
+        """The entries of a tensor, shaped as the k-th eligible one, at sorted global indices."""
+        flat = (index - self.eligible.offsets[k]).to(tensor.device)
+        return _take(tensor.detach(), flat).to(self.values.device)
+
+    @torch.no_grad()
+    def write(self, index: Tensor, values: Tensor) -> None:
+        """Set the weights at sorted global indices, cast to their own dtypes."""
+        for k, start, stop in self.eligible.split(index):
+            tensor = self.eligible.tensors[k]
+            flat = (index[start:stop] - self.eligible.offsets[k]).to(tensor.device)
+            _put(tensor, flat, values[start:stop].to(tensor.device, tensor.dtype))
+
+    def original(self, index: Tensor) -> Tensor:
+        """What the weights at sorted global indices were before this table first touched them."""
+        weights, (touched, base) = self.read(index), self.touched()
+        known = torch.isin(index, touched, assume_unique=True)
+        weights[known] = base[torch.searchsorted(touched, index[known])]
+        return weights
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The table, the values and the base: all that `load_state_dict` needs."""
+        return {
+            "values": self.values.detach().clone(),
+            "retired_values": self.read(self.retired),
+            "handed_out": torch.tensor(self.handed_out),
+            **{name: getattr(self, name).clone() for name in TABLE},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state, and write its values into the model.
+
+        Refused, with nothing changed, if the model's weights before this table touched them are
+        neither the base of the given state nor what it made of them.
+        """
+        other = Slots(self.eligible, len(self.values))
+        for name in TABLE:
+            setattr(other, name, state[name].to(self.index.device, copy=True))
+        index, base = other.touched()
+        found = self.original(index)
+        values, retired = (state[n].to(base.device) for n in ("values", "retired_values"))
+        _, now = _merge(other.index, other.retired, values[other.position], retired)
+        if not bool(((found == base) | (found == self._rounded(index, now))).all()):
+            raise UnmaskError(
+                "the state is of a run on another base: the model's weights at the unmasked "
+                "scalars are neither what they were before that run nor what it made of them; "
+                "load the same base"
+            )
+        self.write(*self.touched())
+        for name in TABLE:
+            setattr(self, name, getattr(other, name))
+        self.handed_out = int(state["handed_out"])
+        self.values.copy_(values)
+        self.write(index, now)
+
+    @torch.no_grad()
+    def reread(self) -> None:
+        """Set the values to what the model's weights are now."""
+        self.values[self.position] = self.read(self.index)
+
+    def _rounded(self, index: Tensor, values: Tensor) -> Tensor:
+        """Values at sorted global indices, as the weights' own dtypes hold them."""
+        out = values.clone()
+        for k, start, stop in self.eligible.split(index):
+            out[start:stop] = values[start:stop].to(self.eligible.tensors[k].dtype)
+        return out
+
+    def write_back(self) -> None:
+        """Put the current values into the model's own weights."""
+        self.write(self.index, self.values.detach()[self.position])
+
+
+def _merge(
+    index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two sorted runs without a common entry as one, with what belongs to each entry: O(both)."""
+    place = torch.searchsorted(index, more) + torch.arange(len(more), device=more.device)
+    old = torch.ones(len(index) + len(more), dtype=torch.bool, device=index.device)
+    old[place] = False
+    merged, merged_belongs = index.new_empty(len(old)), belongs.new_empty(len(old))
+    merged[place], merged_belongs[place] = more, more_belongs
+    merged[old], merged_belongs[old] = index, belongs
+    return merged, merged_belongs
+
+
+def _take(tensor: Tensor, flat: Tensor) -> Tensor:
+    if tensor.is_contiguous():
+        return tensor.view(-1).index_select(0, flat)
+    return tensor[torch.unravel_index(flat, tensor.shape)]
+
+
+def _put(tensor: Tensor, flat: Tensor, values: Tensor) -> None:
+    if tensor.is_contiguous():
+        tensor.view(-1).index_copy_(0, flat, values)
+    else:
+        tensor[torch.unravel_index(flat, tensor.shape)] = values

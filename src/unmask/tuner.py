@@ -1,0 +1,368 @@
+"""attach(model, method): train a chosen few of a model's own scalars, with any optimiser."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unmask.delta import Delta, Sparse, fingerprint
+from unmask.driver import Driver
+from unmask.eligible import Eligible, Patterns, find
+from unmask.errors import UnmaskError
+from unmask.intake import Draft, Intake
+from unmask.methods import Method
+from unmask.slots import Slots
+
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tuner]] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    steps: int | None = None,
+    include: Patterns = "*",
+    exclude: Patterns = (),
+    train_fully: Patterns = (),
+    calibration: Iterable[Any] | None = None,
+    *,
+    gradients: str = "dense",
+    accumulation: int = 1,
+) -> Tuner:
+    """Let `method` choose which of the model's scalars are trained; its modules stay as they are.
+
+    steps         optimiser steps T of the schedule; may be set later as `tuner.steps`
+    include, exclude  shell patterns on the names of parameters that may be chosen from
+    train_fully   patterns of parameters trained whole, outside the budget (a new head, say)
+    calibration   batches for methods that need data before training
+    gradients     "dense": the loop leaves full `.grad`s, read at the step; "streaming": each is
+                  consumed during backward, so memory holds one at a time and none is left
+    accumulation  backward passes a step, which streaming has to know
+
+    Parameters that are neither eligible nor trained fully are frozen until `detach()`.
+
+    >>> import unmask
+    >>> model = nn.Linear(4, 2)
+    >>> tuner = unmask.attach(model, unmask.id3(budget=3), steps=3)
+    >>> optimizer = tuner.optimizer(torch.optim.SGD, lr=0.1)
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()
+    >>> tuner.active
+    1
+    """
+    if not isinstance(method, Method):
+        raise UnmaskError(
+            f"attach() was given {method!r} for its method; give unmask.id3(budget=...), say"
+        )
+    eligible, full = find(model, include, exclude, train_fully)
+    if method.include != ("*",):
+        eligible = _narrowed(eligible, find(model, method.include)[0], method)
+    other = _attached.get(model)
+    if other is not None and other() is not None:
+        raise UnmaskError("this model has a tuner already; call that tuner's detach() first")
+    return Tuner(model, method, steps, eligible, full, calibration, gradients, accumulation)
+
+
+class Tuner:
+    """One selective fine-tuning of one model: the choice, the vector, and the way back.
+
+    model, method  as given to `attach`
+    budget  the method's budget in scalars
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        steps: int | None,
+        eligible: Eligible,
+        full: Mapping[str, nn.Parameter],
+        calibration: Iterable[Any] | None,
+        gradients: str,
+        accumulation: int,
+    ) -> None:
+        self.model, self.method, self.eligible, self.full = model, method, eligible, full
+        self.budget = method.resolve(eligible.total, len(eligible.names))
+        self.slots = Slots(eligible, self.budget)
+        intake = Intake(self._draft, eligible, self.slots.values, full, gradients, accumulation)
+        self._driver = Driver(self.slots, intake, full)
+        self._steps: int | None = None
+        self.steps = steps
+        self._seen: dict[int, Tensor] = {}  # what the heuristic keeps of whole tensors, if anything
+        self._whole_base = _copies(self._whole())
+        self._on_optimizer: list[Callable[[torch.optim.Optimizer], None]] = []
+        self._undo = [self._freezing(), *intake.watch()]  # what detach() takes back, last first
+        self._calibrate(calibration)
+        _attached[model] = weakref.ref(self)
+
+    def __repr__(self) -> str:
+        steps = f"step {self.step}" + (f" of {self.steps}" if self.steps else "")
+        return f"Tuner({self.method}, {self.active:,} scalars unmasked, {steps})"
+
+    @property
+    def steps(self) -> int | None:
+        """Optimiser steps T of the schedule; settable until the first is taken."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int | None) -> None:
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
+            raise UnmaskError(f"steps={steps!r}; steps is a whole number of optimiser steps")
+        if steps is not None and steps < 1:
+            raise UnmaskError(f"steps={steps}; give the number of optimiser steps, 1 or more")
+        if self.step and steps != self._steps:
+            raise UnmaskError(
+                f"steps can't change from {self._steps} to {steps} after {self.step} steps were "
+                "taken; set it before the first"
+            )
+        self._steps = steps
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken; one skipped because of a gradient that isn't finite isn't."""
+        return self._driver.step
+
+    @property
+    def updates(self) -> int:
+        """Scalar updates made so far, the paper's U; fully trained parameters don't count."""
+        return self._driver.updates
+
+    @property
+    def active(self) -> int:
+        """How many scalars were unmasked so far; fully trained parameters don't count."""
+        return len(self.slots) + len(self.slots.retired)
+
+    def selected(self) -> dict[str, Tensor]:
+        """Parameter name -> sorted flat indices (int64) unmasked so far; only names with any."""
+        index, _ = self.slots.touched()
+        return {
+            self.eligible.names[k]: index[start:stop] - self.eligible.offsets[k]
+            for k, start, stop in self.eligible.split(index)
+        }
+
+    def optimizer(self, optimizer_class: type[torch.optim.Optimizer], **options: Any) -> Any:
+        """An instance of the class over the vector of unmasked scalars and what is trained fully.
+
+        Its state is O(budget). Any element-wise torch optimiser will do; others are refused with
+        the reason.
+        """
+        if self.step and self._driver.optimizer is not None:
+            raise UnmaskError(
+                f"the run has an optimiser, which took {self.step} steps; go on with that one"
+            )
+        optimizer = self._driver.drive(optimizer_class, options)
+        for callback in self._on_optimizer:
+            callback(optimizer)
+        return optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on: O(budget) and what is trained fully.
+
+        Tensors and plain numbers only, so `torch.load(weights_only=True)` reads it.
+        """
+        return {
+            "scalars": self.eligible.total,
+            "budget": self.budget,
+            "steps": self.steps,
+            "step": self.step,
+            "updates": self.updates,
+            "slots": self.slots.state_dict(),
+            "seen": {self.eligible.names[k]: seen.clone() for k, seen in self._seen.items()},
+            "whole": _copies(self._whole()),
+            "whole_base": _copies(self._whole_base),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue as the tuner that gave `state`: the choice, the counts, the model's weights.
+
+        The model may be a fresh copy of the base or hold the checkpoint's weights already; any
+        other is refused, with nothing changed.
+        """
+        counts = {"scalars": self.eligible.total, "budget": self.budget}
+        _check_state(state, counts, self._whole())
+        self.slots.load_state_dict(state["slots"])
+        _copy(self._whole(), state["whole"])
+        self._whole_base = _copies(state["whole_base"])
+        self._seen.clear()
+        for k, name in enumerate(self.eligible.names):
+            if name in state["seen"]:
+                self._seen[k] = state["seen"][name].to(self.eligible.tensors[k].device, copy=True)
+        self._steps = state["steps"]
+        self._driver.step, self._driver.updates = state["step"], state["updates"]
+        self._driver.intake.forget()
+
+    def delta(self) -> Delta:
+        """What the run has changed so far, O(budget): the trained scalars, the fully trained
+        parameters and the normalisation statistics."""
+        index, base = self.slots.touched()
+        now = self.slots.read(index)
+        sparse, before = {}, {}
+        for k, start, stop in self.eligible.split(index):
+            name, tensor = self.eligible.names[k], self.eligible.tensors[k]
+            flat, shape = index[start:stop] - self.eligible.offsets[k], tuple(tensor.shape)
+            sparse[name] = Sparse(shape, flat, now[start:stop].to(tensor.dtype))
+            before[name] = Sparse(shape, flat, base[start:stop].to(tensor.dtype))
+        return Delta(
+            sparse=sparse,
+            full=self.full,
+            buffers=_statistics(self.model),
+            base=fingerprint(before),
+            info={
+                "method": self.method.to_dict(),
+                "budget": self.budget,
+                "steps": self.steps,
+                "step": self.step,
+                "updates": self.updates,
+                "eligible": self.eligible.total,
+                "base_model_name_or_path": getattr(self.model, "name_or_path", None),
+            },
+        )
+
+    def adopt(self, delta: Delta) -> None:
+        """Make the delta's choice and weights the run's own, as if training had just come to them.
+
+        The delta must be of this base and change what is eligible here; otherwise it is refused,
+        with the model back at its base. The optimiser's state is no part of a delta.
+        """
+        if unknown := delta.sparse.keys() - set(self.eligible.names):
+            raise UnmaskError(f"the delta changes {min(unknown)!r}, which isn't eligible here")
+        self._revert()
+        self.slots.clear()
+        undo = delta.apply(self.model)
+        undo.apply(self.model)
+        starts = dict(zip(self.eligible.names, self.eligible.offsets, strict=False))
+        chosen = [part.indices + starts[name] for name, part in delta.sparse.items()]
+        index = torch.cat([*chosen, torch.empty(0, dtype=torch.int64)]).sort().values
+        # One share, unless the strategy lets go of scalars: then the last is current.
+        for share in index.to(self.slots.index.device).split(self.budget):
+            self.slots.commit(self.slots.replace(share))
+        delta.apply(self.model)
+        self.slots.reread()
+        self._driver.intake.forget()
+
+    def detach(self) -> Delta:
+        """Take every trace of the tuner off the model, restore the base bit for bit.
+
+        Returns the Delta of what training had changed.
+        """
+        delta = self.delta()
+        self._revert()
+        while self._undo:
+            self._undo.pop()()
+        self.slots.values.collect = self.slots.values.assign = None
+        _attached.pop(self.model, None)
+        return delta
+
+    # For integrations.
+
+    def on_optimizer(self, callback: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Call back with the optimiser, now or when it is made."""
+        self._on_optimizer.append(callback)
+        if self._driver.optimizer is not None:
+            callback(self._driver.optimizer)
+
+    def on_detach(self, callback: Callable[[], None]) -> None:
+        """Call back when the tuner is taken off the model; the last one first."""
+        self._undo.append(callback)
+
+    def _draft(self) -> Draft:
+        """A draft of the step to come."""
+        strategy = self.method.strategy
+        if self.steps is None and strategy.needs_steps:
+            raise UnmaskError(
+                f"{type(strategy).__name__} needs the number of optimiser steps of the run; give "
+                "attach(..., steps=...) or set tuner.steps before the first step"
+            )
+        quota = strategy.quota(self.step + 1, len(self.slots), self.budget, self.steps)
+        return Draft(self.slots, self.method, quota, self._seen)
+
+    def _calibrate(self, batches: Iterable[Any] | None) -> None:
+        """Let the heuristic look at data; choose at once where training gradients have no say."""
+        heuristic, names = self.method.heuristic, self.eligible.names
+        seen = heuristic.calibrate(self.model, self.eligible.parameters, batches)
+        self._seen |= {k: seen[name].reshape(-1) for k, name in enumerate(names) if name in seen}
+        if not (heuristic.uses_gradient or self.method.strategy.needs_steps):
+            self._driver.intake.change = self._draft().change
+            self._driver.commit()
+            self._seen.clear()
+
+    def _freezing(self) -> Callable[[], None]:
+        """Freeze what isn't trained; returns what takes that back, gradients included."""
+        trained = {id(p) for p in (*self.eligible.tensors, *self.full.values())}
+        before = [(p, p.requires_grad) for p in self.model.parameters() if p.is_floating_point()]
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in trained)
+
+        def restore() -> None:
+            for parameter, flag in before:
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+
+        return restore
+
+    def _revert(self) -> None:
+        """Give the model the weights it had before training."""
+        self.slots.write(*self.slots.touched())
+        _copy(self._whole(), self._whole_base)
+
+    def _whole(self) -> dict[str, Tensor]:
+        """What changes outside the budget, kept whole: full parameters and statistics."""
+        return {**self.full, **_statistics(self.model)}
+
+
+def _narrowed(eligible: Eligible, chosen: Eligible, method: Method) -> Eligible:
+    kept = {n: p for n, p in eligible.parameters.items() if n in chosen.parameters}
+    if not kept:
+        raise UnmaskError(
+            f"none of the {len(eligible.names)} eligible parameters match the method's "
+            f"include={method.include}; widen include= of attach()"
+        )
+    return Eligible(kept)
+
+
+def _check_state(
+    state: Mapping[str, Any], counts: Mapping[str, int], whole: Mapping[str, Tensor]
+) -> None:
+    """Refuse what isn't a tuner's state, or is one of another method or model."""
+    keys = {*counts, "steps", "step", "updates", "slots", "seen", "whole", "whole_base"}
+    if missing := keys - state.keys():
+        raise UnmaskError(
+            f"this is no state of a tuner, {', '.join(sorted(missing))} missing; "
+            "give what tuner.state_dict() returned"
+        )
+    for key, count in counts.items():
+        if state[key] != count:
+            raise UnmaskError(
+                f"the state is of a run with {key}={state[key]:,}, this one has {count:,}; "
+                "attach() with the same method, include= and exclude="
+            )
+    theirs, ours = ({n: (t.shape, t.dtype) for n, t in d.items()} for d in (state["whole"], whole))
+    if theirs != ours:
+        odd = ", ".join(sorted(theirs.keys() ^ ours.keys())) or "shapes or dtypes"
+        raise UnmaskError(
+            f"the state and this run differ in what is kept whole ({odd}); "
+            "attach() to the same model with the same train_fully="
+        )
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that training changes by itself: running statistics of normalisation layers."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, tensor in values.items():
+        into[name].copy_(tensor)
