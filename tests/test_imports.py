@@ -25,6 +25,7 @@ ORDER = [
     "slots",
     "intake",
     "elementwise",
+    "driver",
     "sealed",
     "sparse",
     "delta",
@@ -36,7 +37,7 @@ ORDER = [
     "__main__",
 ]
 # The rim sees the public API, not the machine: that one can then be rebuilt freely.
-MACHINE = {"kernels", "select", "slots", "intake", "elementwise"}
+MACHINE = {"kernels", "select", "slots", "intake", "elementwise", "driver"}
 RIM = ("integrations", "recipes", "analysis", "cli", "__main__")
 LIGHT = {  # what each of the lowest modules needs besides the standard library
     "errors": set(),

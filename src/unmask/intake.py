@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError
+from unmask.kernels import Run, gather
 from unmask.methods import Method
 from unmask.scopes import Selector
 from unmask.select import NonFinite, Piece, others
@@ -43,6 +44,8 @@ class Draft:
                     self._piece(k, None, kept) for k in range(len(slots.eligible.names))
                 )
                 self.change, self.best = self._entering(kept, self._chosen(kept)[0]), None
+        elif quota.drop:
+            self.change = slots.replace(kept)
         self.kept = kept if self.change is None else self.change.index
         self.runs = {k: (start, stop) for k, start, stop in slots.eligible.split(self.kept)}
         self.gradient = torch.zeros(len(self.kept), dtype=slots.values.dtype, device=kept.device)
@@ -51,11 +54,11 @@ class Draft:
     def take(self, gradients: Mapping[int, Tensor]) -> None:
         """Score and gather these tensors' gradients, by position; they aren't needed afterwards."""
         gradients = {k: g.to_dense() if g.is_sparse else g for k, g in gradients.items()}
-        for k, gradient in gradients.items():
+        for k in gradients:
             self._taken[k] = True
-            if k in self.runs:
-                start, stop = self.runs[k]
-                self.gradient[start:stop] += self.slots.pick(k, gradient, self.kept[start:stop])
+        offsets = self.slots.eligible.offsets
+        runs = [Run(g, offsets[k], *self.runs[k]) for k, g in gradients.items() if k in self.runs]
+        gather(runs, self.kept, self.gradient, add=True)
         if self.best is not None:
             self.best.offer(
                 [self._piece(k, gradient, self.kept) for k, gradient in gradients.items()]
@@ -72,8 +75,10 @@ class Draft:
             chosen, gradient = self._chosen(self.kept)
             self.change = self._entering(self.kept, chosen)
             out[self.change.at(chosen)] = gradient.to(out.dtype)
-        table = self.slots if self.change is None else self.change
-        out[table.at(self.kept)] = self.gradient
+        if not self.quota.drop and self.kept is self.slots.index:
+            out[self.slots.position] = self.gradient  # positions stay when others enter
+        elif self.change is not None:
+            out[self.change.at(self.kept)] = self.gradient
         return self.change
 
     def _chosen(self, kept: Tensor) -> tuple[Tensor, Tensor]:

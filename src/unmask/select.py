@@ -8,21 +8,18 @@ order, then flat index), whatever order tensors come in and however many threads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import islice
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unmask.heuristics import Heuristic, Scalars
-from unmask.kernels import scan_for
+from unmask.kernels import compiled_for
 
-SEGMENT = 1 << 19  # scalars looked at in one go by one thread
-BATCH = 64  # most segments looked at before the threshold is raised again
-ROOM = 1 << 14  # candidates gathered before they are thinned out, at the least
+RUN = 1 << 20  # scalars scored at once in plain torch
+FEW = 1 << 16  # scalars swept first; candidates held before they are thinned out, at the least
+MANY = 1 << 20  # candidates held by one thread of a sweep, at the most
 
 
 class NonFinite(Exception):
@@ -50,19 +47,22 @@ class TopK:
         self.home = home  # where candidates are kept, whatever devices the tensors are on
         self.threshold = -math.inf  # the count-th best score so far; below it nothing matters
         self.last = -1  # the largest index among those kept that score exactly the threshold
-        # Candidates as (scores, indices, gradients); threads append to it.
+        # Candidates as (scores, indices, gradients).
         none = torch.empty(0, device=home)
-        self._found: list[tuple[Tensor, Tensor, Tensor]] = [(none, none.long(), none)]
+        self._found: list[tuple[Tensor, ...]] = [(none, none.long(), none)]
 
     def offer(self, pieces: Iterable[Piece]) -> None:
         """Look at these tensors. Raises NonFinite, after which this object is of no more use."""
-        segments = _segments(pieces)
-        size = 1  # the first segments raise the threshold for all others, so begin with few
-        while batch := list(islice(segments, size)):
-            while batch:
-                batch = [rest for rest in _map(self._look, batch) if rest is not None]
-                self._thin(max(2 * self.count, ROOM))
-            size = min(2 * size, BATCH)
+        law = self.heuristic.power_law()
+        swept: list[Piece] = []
+        for piece in pieces:
+            compiled = law and piece.grad is not None and compiled_for(piece.theta, piece.grad)
+            if compiled:
+                swept.append(piece)
+            elif law is None or piece.grad is not None or self._could_win(0.0, piece.offset):
+                self._walk(piece)
+        if law is not None and swept:
+            self._sweep(sorted(swept, key=lambda piece: piece.offset), law)
 
     def best(self) -> tuple[Tensor, Tensor]:
         """The chosen scalars' global indices, sorted, int64, and their gradients."""
@@ -71,48 +71,61 @@ class TopK:
         index, order = index.sort()
         return index, gradient[order]
 
-    def _look(self, segment: tuple[Piece, int, int]) -> tuple[Piece, int, int] | None:
-        """Add one segment's candidates; what is left of it if there were too many at once."""
-        piece, start, stop = segment
-        law = self.heuristic.power_law()
-        if law is None:
-            self._add(piece, range(start, stop))
-            return None
-        if piece.grad is None:
-            if self._could_win(0.0, piece.offset + start):
-                self._add(piece, range(start, stop))
-            return None
-        threshold = self.threshold
-        if threshold == 0.0 and piece.offset + start > self.last:
-            threshold = math.ulp(0.0)  # a tie with a larger index loses: only more than 0 will do
-        theta, grad, taken, offset = piece.theta, piece.grad, piece.taken, piece.offset
-        scan = scan_for(theta, grad)
-        flat, end, finite = scan(theta, grad, start, stop, law, threshold, taken, offset, 4 * ROOM)
-        if not finite:
-            raise NonFinite(piece.name)
-        if len(flat):
-            self._add(piece, flat)
-        return (piece, end, stop) if end < stop else None
+    def _sweep(self, pieces: list[Piece], law: tuple[float, float]) -> None:
+        """Let compiled code find what could win, then score only that."""
+        thetas, grads = ([getattr(p, name) for p in pieces] for name in ("theta", "grad"))
+        offsets, taken = [p.offset for p in pieces], [p.taken for p in pieces]
+        module = compiled_for(*thetas, *grads)
+        assert module is not None
+        sweep = module.Sweep(thetas, grads, offsets, taken, law)
+        # The first scalars raise the threshold for all others, so begin with few.
+        capacity = max(FEW, min(2 * self.count, MANY))
+        start, size = 0, FEW
+        while start < sweep.total:
+            ranges = [(start, min(start + size, sweep.total))]
+            while ranges:
+                first, last = ranges.pop()
+                threshold = self.threshold
+                if threshold == 0.0 and sweep.first(first) > self.last:
+                    threshold = math.ulp(0.0)  # a later tie loses: only more than 0 will do
+                found, left, bad = sweep.run(first, last, threshold, capacity)
+                if bad >= 0:
+                    raise NonFinite(pieces[bad].name)
+                for index, theta, grad in found:
+                    self._keep(Scalars(theta, grad, "", 0, index), index, grad)
+                self._thin(max(2 * self.count, FEW))
+                ranges += left
+            start, size = start + size, 4 * size
 
-    def _add(self, piece: Piece, flat: range | Tensor) -> None:
-        """Score these scalars exactly and keep those that could win."""
-        where = slice(flat.start, flat.stop) if isinstance(flat, range) else flat
-        theta = piece.theta[where].float()
+    def _walk(self, piece: Piece) -> None:
+        """Score a tensor whole, a run of it at a time."""
         given = self.heuristic.uses_gradient and piece.grad is not None
-        grad = piece.grad[where] if given else torch.zeros_like(theta)  # type: ignore[index]
-        if given and isinstance(flat, range) and not torch.isfinite(grad).all():
-            raise NonFinite(piece.name)
-        seen = None if piece.seen is None else piece.seen[where]
-        scalars = Scalars(theta, grad.float(), piece.name, piece.offset, flat, seen)
-        score, index = self.heuristic.score(scalars).float(), scalars.index
-        keep = (score > self.threshold) | ((score == self.threshold) & (index < self.last))
-        if isinstance(flat, range):  # the kernels leave out what is taken; a whole run has it still
+        for start in range(0, len(piece.theta), RUN):
+            flat = range(start, min(start + RUN, len(piece.theta)))
+            run = slice(flat.start, flat.stop)
+            theta = piece.theta[run].float()
+            grad = piece.grad[run] if given else torch.zeros_like(theta)  # type: ignore[index]
+            if given and not torch.isfinite(grad).all():
+                raise NonFinite(piece.name)
+            seen = None if piece.seen is None else piece.seen[run]
+            scalars = Scalars(theta, grad.float(), piece.name, piece.offset, flat, seen)
+            free = torch.ones(len(theta), dtype=torch.bool, device=theta.device)
             bounds = piece.taken.new_tensor([piece.offset + flat.start, piece.offset + flat.stop])
             low, high = torch.searchsorted(piece.taken, bounds).tolist()
-            keep[piece.taken[low:high].long() - (piece.offset + flat.start)] = False
+            free[piece.taken[low:high] - (piece.offset + flat.start)] = False
+            self._keep(scalars, scalars.index, grad, free)
+            self._thin(max(2 * self.count, FEW))
+
+    def _keep(
+        self, scalars: Scalars, index: Tensor, grad: Tensor, free: Tensor | None = None
+    ) -> None:
+        """Score these scalars and keep those that could win."""
+        score = self.heuristic.score(scalars).float()
+        keep = (score > self.threshold) | ((score == self.threshold) & (index < self.last))
+        if free is not None:
+            keep &= free
         grad = grad if grad.dtype == torch.float64 else grad.float()
-        score, index, grad = (x[keep].to(self.home) for x in (score, index, grad))
-        self._found.append((score, index, grad))
+        self._found.append(tuple(x[keep].to(self.home) for x in (score, index, grad)))
 
     def _could_win(self, score: float, index: int) -> bool:
         return score > self.threshold or (score == self.threshold and index < self.last)
@@ -135,27 +148,3 @@ def others(total: int, taken: Tensor) -> Tensor:
     free = torch.ones(total, dtype=torch.bool, device=taken.device)
     free[taken.long()] = False
     return free.nonzero().squeeze(1)
-
-
-def _segments(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, int, int]]:
-    for piece in pieces:
-        for start in range(0, len(piece.theta), SEGMENT):
-            yield piece, start, min(start + SEGMENT, len(piece.theta))
-
-
-Segment = tuple[Piece, int, int]
-
-
-def _map(look: Callable[[Segment], Segment | None], batch: list[Segment]) -> list[Segment | None]:
-    """`look` at each of a batch, shared out among as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), len(batch))
-    if threads == 1:
-        return [look(segment) for segment in batch]
-    shares = [batch[i::threads] for i in range(threads)]
-    results = _pool(torch.get_num_threads()).map(lambda share: [look(s) for s in share], shares)
-    return [result for share in results for result in share]
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="unmask")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError
+from unmask.kernels import Run, gather, scatter
 
 TABLE = ("index", "position", "base", "retired", "retired_base")
 
@@ -148,23 +149,18 @@ class Slots:
 
     def read(self, index: Tensor) -> Tensor:
         """The weights at sorted global indices, in the dtype of `values`."""
-        out = torch.zeros(len(index), dtype=self.values.dtype, device=self.values.device)
-        for k, start, stop in self.eligible.split(index):
-            out[start:stop] = self.pick(k, self.eligible.tensors[k], index[start:stop])
+        out = torch.empty(len(index), dtype=self.values.dtype, device=self.values.device)
+        gather(self.runs(index), index, out)
         return out
 
-    def pick(self, k: int, tensor: Tensor, index: Tensor) -> Tensor:
-        """The entries of a tensor, shaped as the k-th eligible one, at sorted global indices."""
-        flat = (index - self.eligible.offsets[k]).to(tensor.device)
-        return _take(tensor.detach(), flat).to(self.values.device)
+    def write(self, index: Tensor, values: Tensor, where: Tensor | None = None) -> None:
+        """Set the weights at sorted global indices to `values` (or values[where]), cast."""
+        scatter(self.runs(index), index, values.detach(), where)
 
-    @torch.no_grad()
-    def write(self, index: Tensor, values: Tensor) -> None:
-        """Set the weights at sorted global indices, cast to their own dtypes."""
-        for k, start, stop in self.eligible.split(index):
-            tensor = self.eligible.tensors[k]
-            flat = (index[start:stop] - self.eligible.offsets[k]).to(tensor.device)
-            _put(tensor, flat, values[start:stop].to(tensor.device, tensor.dtype))
+    def runs(self, index: Tensor) -> list[Run]:
+        """The runs of sorted global indices in the model's weights."""
+        tensors, offsets = self.eligible.tensors, self.eligible.offsets
+        return [Run(tensors[k], offsets[k], a, b) for k, a, b in self.eligible.split(index)]
 
     def original(self, index: Tensor) -> Tensor:
         """What the weights at sorted global indices were before this table first touched them."""
@@ -223,7 +219,7 @@ class Slots:
 
     def write_back(self) -> None:
         """Put the current values into the model's own weights."""
-        self.write(self.index, self.values.detach()[self.position])
+        self.write(self.index, self.values, self.position)
 
 
 def _merge(
@@ -237,16 +233,3 @@ def _merge(
     merged[place], merged_belongs[place] = more, more_belongs
     merged[old], merged_belongs[old] = index, belongs
     return merged, merged_belongs
-
-
-def _take(tensor: Tensor, flat: Tensor) -> Tensor:
-    if tensor.is_contiguous():
-        return tensor.view(-1).index_select(0, flat)
-    return tensor[torch.unravel_index(flat, tensor.shape)]
-
-
-def _put(tensor: Tensor, flat: Tensor, values: Tensor) -> None:
-    if tensor.is_contiguous():
-        tensor.view(-1).index_copy_(0, flat, values)
-    else:
-        tensor[torch.unravel_index(flat, tensor.shape)] = values

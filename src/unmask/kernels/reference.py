@@ -1,44 +1,38 @@
-"""Every kernel in plain torch: the meaning of the fast ones, and the fallback on any device."""
+"""The kernels in plain torch: the meaning of the fast ones, and the fallback on any device.
+
+(The sweep's plain form is `TopK`'s own walk over whole runs of scalars, in select.py.)
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # scalars worked on at once: bounds the temporaries to a few megabytes
+if TYPE_CHECKING:
+    from unmask.kernels import Run
 
 
-def scan(
-    theta: Tensor,
-    grad: Tensor,
-    start: int,
-    stop: int,
-    law: tuple[float, float],
-    threshold: float,
-    taken: Tensor,
-    offset: int,
-    capacity: int,
-) -> tuple[Tensor, int, bool]:
-    """Flat indices in [start, stop) with |g| / (|θ| + eps)^exp >= threshold, outside `taken`.
+def gather(runs: list[Run], index: Tensor, out: Tensor, add: bool) -> None:
+    """out[i] = (or +=) the scalar with the sorted global index[i], for all i of the runs."""
+    for tensor, offset, start, stop in runs:
+        flat = (index[start:stop] - offset).to(tensor.device)
+        if tensor.is_contiguous():
+            scalars = tensor.detach().view(-1).index_select(0, flat)
+        else:
+            scalars = tensor.detach()[torch.unravel_index(flat, tensor.shape)]
+        scalars = scalars.to(out.device, out.dtype)
+        out[start:stop] = out[start:stop] + scalars if add else scalars
 
-    `taken` holds sorted global indices of this tensor's scalars, `offset` the tensor's first.
-    Stops after a chunk that brings the count past `capacity`. Returns (indices, stop, finite).
-    """
-    exp, eps = law
-    found, count, finite, at = [], 0, True, start
-    while at < stop and count <= capacity:
-        end = min(at + CHUNK, stop)
-        g, w = grad[at:end].float(), theta[at:end].float()
-        finite = finite and bool(torch.isfinite(g).all())
-        # float64 and a margin of a few float32 roundings make this a superset of the exact scores.
-        score = g.abs().double() / (w.abs() + eps).double() ** exp
-        keep = ~(score < threshold * (1 - 1e-6))
-        low, high = torch.searchsorted(
-            taken, taken.new_tensor([at + offset, end + offset])
-        ).tolist()
-        keep[taken[low:high] - (offset + at)] = False
-        flat = keep.nonzero().squeeze(1) + at
-        found.append(flat)
-        count += len(flat)
-        at = end
-    return torch.cat(found) if found else taken[:0].long(), at, finite
+
+def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None) -> None:
+    """The scalar with the sorted global index[i] = values[where[i]] (or values[i]), cast."""
+    for tensor, offset, start, stop in runs:
+        flat = (index[start:stop] - offset).to(tensor.device)
+        scalars = values[start:stop] if where is None else values[where[start:stop]]
+        scalars = scalars.to(tensor.device, tensor.dtype)
+        if tensor.is_contiguous():
+            tensor.detach().view(-1).index_copy_(0, flat, scalars)
+        else:
+            tensor.detach()[torch.unravel_index(flat, tensor.shape)] = scalars
