@@ -58,7 +58,7 @@ def scalars(model: nn.Module) -> int:
 
 
 class Pair:
-    """One model under the library, its copy under the reference."""
+    """One model under the library, its copy under the reference; `how` is for `attach` alone."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Pair:
         include: Any = "*",
         exclude: Any = (),
         train_fully: Any = (),
+        how: Mapping[str, Any] | None = None,
         **kw: Any,
     ) -> None:
         where = {"include": include, "exclude": exclude, "train_fully": train_fully}
@@ -83,7 +84,7 @@ class Pair:
         self.base = snapshot(model)
         self.model = model
         method = METHODS[strategy](budget=budget, exp=exp, eps=eps)
-        self.tuner = unmask.attach(model, method, steps=steps, **where)
+        self.tuner = unmask.attach(model, method, steps=steps, **where, **(how or {}))
         self.optimizer = self.tuner.optimizer(optimizer, **kw)
 
     def backward(self, case: Case, step: int) -> None:

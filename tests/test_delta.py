@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from unmask import sealed
 from unmask.delta import Delta, Sparse, fingerprint
 from unmask.errors import UnmaskError
+from unmask.kernels import swap
+from unmask.layouts import LAYOUTS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -107,7 +109,8 @@ def test_save_load_apply_undo_is_the_identity(case: tuple[Holder, dict[str, list
     model, positions = case
     delta = changed(model, positions, seed)
     with tempfile.TemporaryDirectory() as folder:
-        loaded = Delta.load(delta.save(folder))
+        assert Delta.load(delta.save(folder)) == delta
+        loaded = Delta.load(delta.save(folder, layout="plain"))
     assert loaded == delta
     before = state(model)
     expected = {name: p.detach().clone().reshape(-1) for name, p in model.named_parameters()}
@@ -196,10 +199,13 @@ def test_equal_deltas_give_equal_bytes_and_leave_other_files_alone(tmp_path: Pat
     assert files[0].keys() == {"README.md", sealed.CONFIG, sealed.WEIGHTS}
 
 
-def test_every_flipped_bit_and_every_truncation_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_flipped_bit_and_every_truncation_is_refused(layout, tmp_path: Path):
     model = Holder({"é": torch.zeros(2)})
     info = {"escaped": 'é\n"\x7f', "null": None, "number": -1.5e-7, "whole": True}
-    path = changed(model, {"é": [1]}, buffers={"b": torch.tensor(1)}, info=info).save(tmp_path)
+    path = changed(model, {"é": [1]}, buffers={"b": torch.tensor(1)}, info=info).save(
+        tmp_path, layout
+    )
     Delta.load(path)
     for name in (sealed.CONFIG, sealed.WEIGHTS):
         file, good = path / name, (path / name).read_bytes()
@@ -346,7 +352,7 @@ def test_wide_tensors_have_wide_indices(tmp_path: Path):
         at = torch.tensor([0, numel - 1])
         delta = Delta({"w": Sparse((numel,), at, torch.ones(2))}, base="0" * 64)
         assert delta.nbytes == 2 * (width + 4)
-        assert Delta.load(delta.save(tmp_path)) == delta
+        assert Delta.load(delta.save(tmp_path, layout="plain")) == delta
 
 
 # The model
@@ -416,18 +422,19 @@ def test_applying_twice_is_named():
 
 
 def test_a_failure_halfway_is_rolled_back(monkeypatch):
-    model, before, write = network(), state(network()), Sparse.write
-    calls = []
+    model, before, scatter = network(), state(network()), swap.scatter
+    halfway = []
 
-    def failing(self: Sparse, tensor: Tensor) -> None:
-        calls.append(self)
-        if len(calls) == 3:
+    def failing(moves: list[swap.Move]) -> None:
+        scatter(moves if halfway else moves[:2])
+        if not halfway:
+            halfway.append(state(model))
             raise KeyboardInterrupt
-        write(self, tensor)
 
-    monkeypatch.setattr(Sparse, "write", failing)
+    monkeypatch.setattr(swap, "scatter", failing)
     with pytest.raises(KeyboardInterrupt):
         network_delta().apply(model)
+    assert halfway != [before]
     assert state(model) == before
 
 

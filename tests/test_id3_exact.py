@@ -464,6 +464,29 @@ def test_large_tensors(kind: str, budget: int) -> None:
     assigned(model, large_grads(kind, model, 3), budget=budget, steps=3, lr=0.1, momentum=0.9)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("budget", [40_001, 150_001])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ties_across_tensors_of_every_kind(value: float, budget: int, threads: int) -> None:
+    """Whatever order tensors are looked at in, and by however many: equal scores go by index."""
+    kinds = [
+        (70_003, torch.float32),
+        (30_001, torch.float16),
+        (90_007, torch.float32),
+        (20_005, torch.bfloat16),
+        (30_009, torch.float32),
+    ]
+    model = Loose([torch.ones(size, dtype=dtype) for size, dtype in kinds])
+    grads = {name: torch.full_like(p, value) for name, p in model.named_parameters()}
+    some = {**grads, "p1": None, "p4": None}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assigned(model, [some, grads], budget=budget, steps=2, lr=0.5)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("kind", ["equal", "random"])
 def test_tensors_of_millions(kind: str) -> None:
     """Longer than what is looked at in one go."""

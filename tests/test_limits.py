@@ -267,6 +267,21 @@ def test_detach_leaves_a_plain_model() -> None:
     assert_same_state(snapshot(model), snapshot(plain))
 
 
+def test_detach_gives_every_parameter_its_flag_back() -> None:
+    """What is neither eligible nor trained fully takes no gradient meanwhile, or may: but after."""
+    model = MLP.build()
+    model.first.bias.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    base = snapshot(model)
+    tuner = train(
+        model, unmask.id3(budget=9), MLP, 3, include="second.*", train_fully=("classifier.bias",)
+    )
+    changed = [name for name, now in snapshot(model).items() if not same_bits(now, base[name])]
+    assert set(changed) <= {"second.weight", "second.bias", "classifier.bias"}
+    tuner.detach()
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
 def test_attach_again_after_detach() -> None:
     model = MLP.build()
     train(model, unmask.id3(budget=25), MLP, steps=3).detach()

@@ -38,6 +38,7 @@ def write_model(folder: Path, seed: int = 0) -> Path:
             num_attention_heads=2,
             intermediate_size=32,
             max_position_embeddings=32,
+            initializer_range=0.4,  # else nothing is learnt from random weights in a second
         )
     ).save_pretrained(folder)
     return folder

@@ -5,45 +5,132 @@
 Increment(schedule=Uniform())
 """
 
+from unmask.calibrate import Calibration
 from unmask.delta import Delta
 from unmask.errors import UnmaskError, UnmaskWarning
-from unmask.heuristics import D3, Gradient, Heuristic, Magnitude, Random, Scalars
-from unmask.methods import Method, bitfit, full, id3, pafi, random_mask, repeat_d3, static_d3
-from unmask.schedules import Schedule, Strided, Uniform
-from unmask.scopes import Global, Scope
-from unmask.strategies import Increment, Quota, Repeat, Static, Strategy
+from unmask.heuristics import (
+    D3,
+    Accumulated,
+    Biases,
+    Calibrated,
+    Candidates,
+    Cover,
+    DiffPruning,
+    Fisher,
+    Gradient,
+    Heuristic,
+    Magnitude,
+    Movement,
+    Principal,
+    Random,
+    Scalars,
+    Smoothed,
+    SquaredGradient,
+    Taylor,
+    Whole,
+)
+from unmask.method import Method
+from unmask.methods import (
+    bitfit,
+    diff_pruning,
+    fish,
+    full,
+    id3,
+    lift,
+    lt_sft,
+    pafi,
+    random_mask,
+    repeat_d3,
+    sft_ag,
+    sft_ma,
+    shira,
+    sparse_adapter,
+    static_d3,
+    super_tuning,
+)
+from unmask.schedules import (
+    Cosine,
+    Cubic,
+    Custom,
+    Exponential,
+    FrontLoaded,
+    Linear,
+    Plateau,
+    Schedule,
+    Strided,
+    Uniform,
+)
+from unmask.scopes import Bounded, Global, PerLayer, PerTensor, Scope
+from unmask.strategies import DropGrow, Increment, Quota, Repeat, Reselect, Static, Strategy
 from unmask.tuner import Tuner, attach
+from unmask.units import Units
 
 __version__ = "0.1.0"
 
 __all__ = [
     "D3",
+    "Accumulated",
+    "Biases",
+    "Bounded",
+    "Calibrated",
+    "Calibration",
+    "Candidates",
+    "Cosine",
+    "Cover",
+    "Cubic",
+    "Custom",
     "Delta",
+    "DiffPruning",
+    "DropGrow",
+    "Exponential",
+    "Fisher",
+    "FrontLoaded",
     "Global",
     "Gradient",
     "Heuristic",
     "Increment",
+    "Linear",
     "Magnitude",
     "Method",
+    "Movement",
+    "PerLayer",
+    "PerTensor",
+    "Plateau",
+    "Principal",
     "Quota",
     "Random",
     "Repeat",
+    "Reselect",
     "Scalars",
     "Schedule",
     "Scope",
+    "Smoothed",
+    "SquaredGradient",
     "Static",
     "Strategy",
     "Strided",
+    "Taylor",
     "Tuner",
     "Uniform",
+    "Units",
     "UnmaskError",
     "UnmaskWarning",
+    "Whole",
     "attach",
     "bitfit",
+    "diff_pruning",
+    "fish",
     "full",
     "id3",
+    "lift",
+    "lt_sft",
     "pafi",
     "random_mask",
     "repeat_d3",
+    "sft_ag",
+    "sft_ma",
+    "shira",
+    "sparse_adapter",
     "static_d3",
+    "super_tuning",
 ]

@@ -46,15 +46,21 @@ def main() -> None:
     app(prog_name="unmask")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from unmask import __version__
+
+        _say(f"unmask {__version__}", screen)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        screen.print(f"unmask {installed('unmask')}", highlight=False)
-        raise typer.Exit
+    pass
 
 
 @app.command()
@@ -183,6 +189,7 @@ def inspect(
         print(json.dumps(report, indent=2))
         return
     table = Table("tensor", "shape", "changed", "share", title=f"{path}")
+    table.columns[0].overflow = "fold"
     for column in table.columns[2:]:
         column.justify = "right"
     for row in found.tensors:
@@ -220,6 +227,44 @@ def apply(
 
 
 @app.command()
+def compose(
+    deltas: Annotated[list[Path], typer.Argument(help="Deltas of one base: folders, or runs'.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where to write the delta.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base. Default: what the deltas name as theirs.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One for each delta: 1,-0.5. Default: 1 each.")
+    ] = None,
+    conflicts: Annotated[
+        str, typer.Option(help="Where several change one scalar: sum, last or ties.")
+    ] = "sum",
+    keep: Annotated[
+        float, typer.Option(help="ties: the share of each delta's changes kept, largest first.")
+    ] = 1.0,
+) -> None:
+    """Write several deltas of one base as one."""
+    from unmask.recipes import combine
+    from unmask.recipes.run import calm
+
+    paths = [_delta_folder(path) for path in deltas]
+    with calm():
+        composed = combine.compose_folders(
+            paths,
+            folder,
+            model=model,
+            weights=None if weights is None else combine.parse_weights(weights),
+            conflicts=conflicts,
+            keep=keep,
+        )
+    _say(
+        f"{len(paths)} deltas as one, {composed.active:,} scalars, written to {folder}; "
+        f"unmask inspect {folder}",
+        screen,
+    )
+
+
+@app.command()
 def methods() -> None:
     """List every method with its formula, what it keeps in memory, and its source."""
     from unmask.recipes import choose
@@ -230,6 +275,56 @@ def methods() -> None:
     screen.print(table)
     _say(
         "B: the budget; N: all eligible scalars. Memory: beyond the weights, with AdamW.",
+        screen,
+    )
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="A hub id or a folder; its config.json will do.")],
+    method: Annotated[str, typer.Option(help="See `unmask methods`.")] = "id3",
+    budget: Annotated[
+        str | None, typer.Option(help="Scalars (38000, 320K) or a share (0.1%).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Where it will train: cpu or cuda.")] = "cpu",
+    memory: Annotated[
+        str | None, typer.Option(help="Say which modes fit in so much: 24GB, 80GiB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what training will take in memory, by part and mode, from the model's config alone."""
+    from unmask.recipes import plan as planner
+    from unmask.recipes import presets
+    from unmask.recipes.config import parse_budget
+    from unmask.recipes.run import calm
+
+    room = None if memory is None else planner.parse_memory(memory)
+    scalars = parse_budget(presets.budget(method) if budget is None else budget)
+    with calm():
+        found = planner.plan(
+            model, method, scalars, batch_size, sequence_length, dtype, device=device
+        )
+    fitting = () if room is None else found.fitting(room)
+    if as_json:
+        print(json.dumps(found.to_dict() | ({} if room is None else {"fits": fitting}), indent=2))
+        return
+    title = f"{found.method} on {found.parameters:,} parameters in {dtype}, MB"
+    table = Table("", *(row.mode for row in found.rows), title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in (*planner.PARTS, "peak"):
+        table.add_row(part, *(f"{getattr(row, part) / 1e6:,.1f}" for row in found.rows))
+    if room is not None:
+        fits = ["yes" if row.mode in fitting else "no" for row in found.rows]
+        table.add_row(f"fits in {memory}", *fits)
+    screen.print(table)
+    _say(
+        f"{found.budget:,} of {found.eligible:,} scalars, {batch_size} x {sequence_length} tokens, "
+        "AdamW. Each part at its largest; the peak is\nall of them at the worst moment. Without "
+        "the interpreter and libraries. sampled: where it selects; less between.",
         screen,
     )
 
@@ -249,8 +344,9 @@ def _summary(folder: str | None, m: dict[str, Any]) -> None:
         ("next", f"unmask inspect {folder}"),
         ("", f"unmask evaluate {folder}"),
     ]
+    width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        _say(f"{name:<20} {value}", screen)
+        _say(f"{name:<{width}}  {value}", screen)
 
 
 def _delta_folder(path: Path) -> Path:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,10 @@ from torch.nn.parameter import is_lazy
 
 from unmask import sealed
 from unmask.errors import UnmaskError
-from unmask.sparse import Sparse, bits, describe, fingerprint
+from unmask.layouts import LAYOUTS, Content
+from unmask.sparse import Sparse, bits, describe, fingerprint, read, write
 
 __all__ = ["Delta", "Row", "Sparse", "fingerprint"]
-
-LAYOUT = "plain"
 
 
 class Row(NamedTuple):
@@ -80,8 +78,8 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensors take on disk."""
-        return sum(tensor.nbytes for tensor in self._encode().values())
+        """Bytes of indices, values and whole tensors, as the plain layout has them."""
+        return sum(tensor.nbytes for tensor in self._stored("plain")[1].values())
 
     @property
     def tensors(self) -> list[Row]:
@@ -110,23 +108,30 @@ class Delta:
         """Whether all content is the same, bit for bit."""
         if not isinstance(other, Delta):
             return NotImplemented
-        if (self.base, self.info, self._shapes()) != (other.base, other.info, other._shapes()):
+        (shapes, ours), (their_shapes, theirs) = self._stored("plain"), other._stored("plain")
+        if (self.base, self.info, shapes) != (other.base, other.info, their_shapes):
             return False
-        ours, theirs = self._encode(), other._encode()
         return ours.keys() == theirs.keys() and all(
             describe(ours[key]) == describe(theirs[key])
             and torch.equal(bits(ours[key]), bits(theirs[key]))
             for key in ours
         )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(
+        self, path: str | os.PathLike[str], layout: Literal["compact", "plain"] = "compact"
+    ) -> Path:
         """Write the delta into the directory `path` and return it; other files there stay.
 
+        `compact` takes hardly more than the entropy of what it says, at usual sizes two thirds
+        of `plain`, which any program that reads safetensors can use as it is. `load` reads both.
         Equal deltas give equal bytes. A crash leaves no half-written file under its final name.
         """
+        if layout not in LAYOUTS:
+            raise UnmaskError(f"layout={layout!r} doesn't exist; there are {', '.join(LAYOUTS)}")
+        entries, tensors = self._stored(layout)
         folder = Path(path)
-        config = {"layout": LAYOUT, "base": self.base, "info": self.info, "shapes": self._shapes()}
-        sealed.write(folder, config, self._encode())
+        config = {"layout": layout, "base": self.base, "info": self.info, **entries}
+        sealed.write(folder, config, tensors)
         return folder
 
     @classmethod
@@ -136,34 +141,40 @@ class Delta:
         Nothing in it is trusted: checksums first, then every name, dtype, shape and index.
         """
         config, tensors = sealed.read(Path(path))
-        layout, base, info, shapes = map(config.get, ("layout", "base", "info", "shapes"))
-        if layout != LAYOUT:
+        layout, base, info = map(config.get, ("layout", "base", "info"))
+        if not isinstance(layout, str) or layout not in LAYOUTS:
             raise UnmaskError(
-                f"'{path}' has layout {layout!r}, this unmask reads {LAYOUT!r}; "
-                "upgrade unmask, or save the delta again in that layout"
+                f"'{path}' has layout {layout!r}, this unmask reads {' and '.join(LAYOUTS)}; "
+                "upgrade unmask, or save the delta again in one of these"
             )
         try:
-            if not (isinstance(base, str) and isinstance(info, dict) and isinstance(shapes, dict)):
-                raise UnmaskError("'base', 'info' or 'shapes' is missing or of another type")
-            return cls(*_decode(tensors, shapes), base=base, info=info)
+            if not (isinstance(base, str) and isinstance(info, dict)):
+                raise UnmaskError("'base' or 'info' is missing or of another type")
+            return cls(*LAYOUTS[layout].decode(config, tensors), base=base, info=info)
         except UnmaskError as exc:
             raise UnmaskError(f"'{path}' isn't a delta: {exc}; save or download it again") from exc
 
-    def apply(self, model: nn.Module) -> Delta:
+    def apply(self, model: nn.Module, instead_of: Delta | None = None) -> Delta:
         """Write the delta into `model`, in place, and return the Delta that undoes it bit for bit.
 
         All or nothing: everything is verified before anything is written, and a failure on the way
-        is rolled back. Applying the undo returns this very delta again.
+        is rolled back. Applying the undo returns this very delta again. `instead_of` is the undo of
+        another delta, which goes as this one comes; if this one is refused, that one stays.
         """
+        if instead_of is not None:
+            other = instead_of.apply(model)
+            try:
+                return self.apply(model)
+            except BaseException:
+                other.apply(model)
+                raise
         with torch.no_grad():
             targets = self._targets(model)
-            before = {name: part.of(targets[name]) for name, part in self.sparse.items()}
-            if (found := fingerprint(before)) != self.base:
-                raise UnmaskError(self._wrong_base(found))
+            before = self._before(targets)
             full = {name: targets[name] for name in self.full}
             buffers = {name: targets[name] for name in self.buffers}
             undo = Delta(before, full, buffers, base=self.after, info=self.info)
-            vars(undo)["after"] = found  # known already; spares the undo a pass
+            vars(undo)["after"] = self.base  # known already; spares the undo a pass
             try:
                 self._write(targets)
             except BaseException:  # an interrupt halfway, or a device out of memory
@@ -171,9 +182,23 @@ class Delta:
                 raise
             return undo
 
+    def verify(self, model: nn.Module) -> dict[str, Sparse]:
+        """Return what `model` holds at the changed positions, refused unless it is the base.
+
+        Nothing is written. The tensors stored whole are no part of it.
+        """
+        scalars = Delta(self.sparse, base=self.base, info=self.info)
+        with torch.no_grad():
+            return scalars._before(scalars._targets(model))
+
+    def _before(self, targets: Mapping[str, Tensor]) -> dict[str, Sparse]:
+        before = read(self.sparse, targets)
+        if (found := fingerprint(before)) != self.base:
+            raise UnmaskError(self._wrong_base(found))
+        return before
+
     def _write(self, targets: Mapping[str, Tensor]) -> None:
-        for name, part in self.sparse.items():
-            part.write(targets[name])
+        write(self.sparse, targets)
         for name, tensor in {**self.full, **self.buffers}.items():
             bits(targets[name]).copy_(bits(tensor))
 
@@ -209,53 +234,8 @@ class Delta:
             "through another dtype or has another delta applied; load the base afresh"
         )
 
-    # The plain layout, with `_decode` as its inverse. Another layout is another such pair.
-
-    def _encode(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, part in self.sparse.items():
-            tensors[f"indices.{name}"] = part.indices.to(_index_dtype(part.numel))
-            tensors[f"values.{name}"] = part.values
-        tensors |= {f"full.{name}": tensor for name, tensor in self.full.items()}
-        return tensors | {f"buffers.{name}": tensor for name, tensor in self.buffers.items()}
-
-    def _shapes(self) -> dict[str, str]:
-        # A line a tensor, "768x3072", keeps the config small and readable.
-        return {name: "x".join(map(str, part.shape)) for name, part in self.sparse.items()}
-
-
-def _decode(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]
-) -> tuple[dict[str, Sparse], dict[str, Tensor], dict[str, Tensor]]:
-    groups: dict[str, dict[str, Tensor]] = {"indices": {}, "values": {}, "full": {}, "buffers": {}}
-    for key, tensor in tensors.items():
-        group, _, name = key.partition(".")
-        if group not in groups:
-            raise UnmaskError(f"unknown key {key!r}")
-        groups[group][name] = tensor
-    indices, values = groups["indices"], groups["values"]
-    if odd := (indices.keys() ^ values.keys()) | (indices.keys() ^ shapes.keys()):
-        raise UnmaskError(f"{min(odd)!r} lacks its indices, its values or its shape")
-    sparse = {}
-    for name, at in indices.items():
-        try:
-            shape = _parse_shape(shapes[name])
-            if at.dtype != _index_dtype(math.prod(shape)):
-                raise UnmaskError(f"indices are {describe(at)}, of the wrong width")
-            sparse[name] = Sparse(shape, at.to(torch.int64), values[name])
-        except UnmaskError as exc:
-            raise UnmaskError(f"in {name!r} {exc}") from None
-    return sparse, groups["full"], groups["buffers"]
-
-
-def _parse_shape(text: object) -> tuple[int, ...]:
-    if not isinstance(text, str) or not re.fullmatch("([0-9]{1,19}(x[0-9]{1,19})*)?", text):
-        raise UnmaskError(f"{text!r} is no shape")
-    return tuple(map(int, text.split("x"))) if text else ()
-
-
-def _index_dtype(numel: int) -> torch.dtype:
-    return torch.int32 if numel <= torch.iinfo(torch.int32).max else torch.int64
+    def _stored(self, layout: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return LAYOUTS[layout].encode(Content(self.sparse, self.full, self.buffers))
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -277,6 +257,9 @@ def _target(
     if is_lazy(held[name]) or held[name].is_meta:
         raise UnmaskError(f"{name!r} holds no data yet; load the weights before the delta")
     tensor = held[name].detach()
+    usable = type(tensor) is Tensor and tensor.dtype == dtype and tensor.shape == shape
+    if usable and tensor.is_contiguous():  # almost always
+        return tensor
     plain = type(tensor) is Tensor and not (
         dtype.is_floating_point and not tensor.is_floating_point()
     )

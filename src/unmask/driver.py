@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from unmask import elementwise
 from unmask.errors import UnmaskWarning
@@ -23,7 +29,7 @@ class Driver:
     updates  scalar updates made so far, the paper's U
     """
 
-    def __init__(self, slots: Slots, intake: Intake, full: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, slots: Slots, intake: Intake, full: dict[str, nn.Parameter]) -> None:
         self.slots, self.intake, self.full = slots, intake, full
         self.step = self.updates = 0
         self.optimizer: torch.optim.Optimizer | None = None
@@ -47,27 +53,67 @@ class Driver:
         self.optimizer = optimizer
         return optimizer
 
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drive an optimiser made elsewhere; what else it trains counts as trained fully."""
+        known = inspect.signature(type(optimizer)).parameters
+        options = {k: v for k, v in optimizer.defaults.items() if k in known}
+        self._empty_state = elementwise.check(type(optimizer), options)
+        others = [p for p in _trained(optimizer) if p is not self.slots.values]
+        self.full.clear()
+        self.full.update({f"parameter {i} of the optimiser": p for i, p in enumerate(others)})
+        self.optimizer = optimizer
+
+    def listen(self) -> list[Callable[[], None]]:
+        """Adopt whichever optimiser steps the vector, whoever made it; returns what ends that."""
+        driver = weakref.ref(self)  # the hooks are global, and must not keep a model alive
+
+        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            this = driver()
+            if this is not None and any(p is this.slots.values for p in _trained(optimizer)):
+                if optimizer is not this.optimizer:
+                    this.adopt(optimizer)
+                this._before_step()
+                if len(args) < 2 and kwargs.get("closure") is None:
+                    _ = this.slots.values.grad  # should the step be skipped, then for all it trains
+
+        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            this = driver()
+            if this is not None and optimizer is this.optimizer:
+                this._stepping = False
+                this._after_step()
+
+        return [
+            register_optimizer_step_pre_hook(before).remove,
+            register_optimizer_step_post_hook(after).remove,
+        ]
+
     def commit(self) -> None:
         """Put the step's choice into force."""
-        change, self.intake.change = self.intake.change, None
+        change = self.intake.settle()
         if change is not None:
             reused = self.slots.commit(change)
             for key, state in self._state().items():  # a reused slot starts as a new one
                 state[reused] = self._empty_state.get(key, 0.0)
 
     def _step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.intake.used:  # as with any optimiser, stepping again means the same gradients again
-            self.intake.forget()
-        self._stepping, self._skipped = True, False
+        self._before_step()
         try:
             result = step(*args, **kwargs)
         finally:
             self._stepping = False
+        self._after_step()
+        return result
+
+    def _before_step(self) -> None:
+        if self.intake.used:  # as with any optimiser, stepping again means the same gradients again
+            self.intake.forget()
+        self._stepping, self._skipped = True, False
+
+    def _after_step(self) -> None:
         if self.intake.used:
             self.slots.write_back()
             self.step += 1
             self.updates += len(self.slots)
-        return result
 
     def _read_gradient(self) -> Tensor | None:
         """What `values.grad` is: collected from the model, and in force once the optimiser asks."""
@@ -78,7 +124,7 @@ class Driver:
             self._skip()
             return None
         self.commit()
-        self.intake.used = True
+        self.intake.use()
         return gradient
 
     def _skip(self) -> None:
@@ -118,3 +164,7 @@ class Driver:
         values = self.slots.values
         state = {} if self.optimizer is None else self.optimizer.state.get(values, {})
         return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == values.shape}
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    return (p for group in optimizer.param_groups for p in group["params"])

@@ -1,96 +1,55 @@
-"""A method is a composition: heuristic + strategy + budget. Named methods are only that."""
+"""The named methods: each only a composition of a heuristic, a strategy and a scope."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+import inspect
+from typing import NamedTuple
 
 from unmask.errors import UnmaskError
-from unmask.heuristics import D3, Gradient, Heuristic, Magnitude, Random
+from unmask.heuristics import (
+    D3,
+    Candidates,
+    Cover,
+    DiffPruning,
+    Fisher,
+    Gradient,
+    Magnitude,
+    Movement,
+    Principal,
+    Random,
+    Taylor,
+)
+from unmask.method import Budget as Budget
+from unmask.method import Method as Method
 from unmask.schedules import Schedule, Uniform
-from unmask.scopes import Global, Scope
-from unmask.strategies import Increment, Repeat, Static, Strategy
+from unmask.scopes import PerTensor
+from unmask.strategies import DropGrow, Increment, Repeat, Reselect, Static
 
-__all__ = ["bitfit", "full", "id3", "pafi", "random_mask", "repeat_d3", "static_d3"]
-
-Budget = int | float
-
-
-@dataclass(frozen=True)
-class Method:
-    """Train the `budget` scalars that `heuristic` ranks highest, chosen as `strategy` says.
-
-    budget   an int counts scalars; a float in (0, 1] is a share of the eligible scalars
-    include  shell patterns on parameter names that narrow what is eligible (biases only, say)
-    scope    over what "highest" is meant: the whole model unless said otherwise
-
-    >>> method = id3(budget=1000)
-    >>> Method.from_dict(method.to_dict()) == method
-    True
-    """
-
-    heuristic: Heuristic
-    strategy: Strategy
-    budget: Budget
-    include: tuple[str, ...] = ("*",)
-    scope: Scope = field(default_factory=Global)
-
-    def __post_init__(self) -> None:
-        parts = ((self.heuristic, Heuristic), (self.strategy, Strategy), (self.scope, Scope))
-        for value, kind in parts:
-            if not isinstance(value, kind):
-                raise UnmaskError(
-                    f"Method was given {value!r} for its {kind.__name__.lower()}; "
-                    f"give an instance of unmask.{kind.__name__}"
-                )
-        object.__setattr__(self, "budget", _checked(self.budget))
-        object.__setattr__(self, "include", tuple(self.include))
-
-    def resolve(self, eligible: int, tensors: int) -> int:
-        """The budget in scalars, given how many are eligible."""
-        if isinstance(self.budget, int):
-            if self.budget > eligible:
-                raise UnmaskError(
-                    f"budget={self.budget:,} exceeds the {eligible:,} scalars in {tensors} eligible "
-                    "tensors; lower the budget or widen include="
-                )
-            return self.budget
-        return max(1, round(self.budget * eligible))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description, read back by `from_dict`."""
-        return {
-            "heuristic": _encode(self.heuristic),
-            "strategy": _encode(self.strategy),
-            "budget": self.budget,
-            "include": list(self.include),
-            "scope": _encode(self.scope),
-        }
-
-    @classmethod
-    def from_dict(cls, described: Mapping[str, Any]) -> Method:
-        """The method that `to_dict` described; classes of your own are found once imported."""
-        try:
-            return cls(
-                heuristic=_decode(described["heuristic"], Heuristic),
-                strategy=_decode(described["strategy"], Strategy),
-                budget=described["budget"],
-                include=tuple(described["include"]),
-                scope=_decode(described["scope"], Scope),
-            )
-        except (KeyError, TypeError) as problem:
-            raise UnmaskError(
-                f"{dict(described)!r} doesn't describe a method ({problem}); "
-                "give what Method.to_dict() returned"
-            ) from problem
+__all__ = [
+    "bitfit",
+    "diff_pruning",
+    "fish",
+    "full",
+    "id3",
+    "lift",
+    "lt_sft",
+    "pafi",
+    "random_mask",
+    "repeat_d3",
+    "sft_ag",
+    "sft_ma",
+    "shira",
+    "sparse_adapter",
+    "static_d3",
+    "super_tuning",
+]
 
 
 def id3(
     budget: Budget, exp: float = 2.0, eps: float = 1.0, schedule: Schedule | None = None
 ) -> Method:
-    """ID3: increment-S with D3. Λ_{t+1} = Λ_t ∪ top-u_t of |∇θ| / (|θ| + ε)^exp over masked scalars.
+    """ID3: increment-S with D3. Λ_{t+1} = Λ_t ∪ top-u_t of |∇θ| / (|θ| + ε)^exp over masked
+    scalars.
 
     Source: Agarwal et al., "Step-by-Step Unmasking", TACL 2025, arXiv 2408.14470, Algorithm 1.
     """
@@ -142,48 +101,139 @@ def full(budget: Budget = 1.0) -> Method:
     return Method(Gradient(), Static(), budget)
 
 
-def _checked(budget: Budget) -> Budget:
-    """The budget as a plain int or float, or an UnmaskError that says what is allowed."""
-    allowed = "a budget is an int above 0 (scalars) or a float in (0, 1] (share of the eligible)"
-    if isinstance(budget, bool | str):
-        raise UnmaskError(f"budget={budget!r}; {allowed}")
-    try:
-        count = operator.index(budget)  # type: ignore[arg-type]  # ints of numpy, too
-    except TypeError:
-        try:
-            share = float(budget)
-        except (TypeError, ValueError):
-            raise UnmaskError(f"budget={budget!r}; {allowed}") from None
-        if not 0 < share <= 1:
-            raise UnmaskError(f"budget={budget!r}; {allowed}") from None
-        return share
-    if count < 1:
-        raise UnmaskError(f"budget={budget!r}; {allowed}")
-    return count
+def fish(
+    budget: Budget,
+    num_samples: int = 1024,
+    sample_type: str = "label",
+    grad_type: str = "square",
+    seed: int = 0,
+) -> Method:
+    """FISH Mask: the B scalars of largest Fisher information 1/n Σ_k (∇θ log p(y_k | x_k))², once,
+    from `calibration=`.
+
+    Source: Sung et al., NeurIPS 2021, arXiv 2111.09839.
+    """
+    return Method(Fisher(num_samples, sample_type, grad_type, seed), Static(), budget)
 
 
-def _encode(part: Any) -> Any:
-    """A frozen dataclass as {"kind": class name, field: value, ...}, parts within parts too."""
-    if not is_dataclass(part):
-        return list(part) if isinstance(part, tuple) else part
-    return {"kind": type(part).__name__} | {
-        f.name: _encode(getattr(part, f.name)) for f in fields(part)
-    }
+def diff_pruning(
+    budget: Budget, lr: float = 5e-5, penalty: float = 1.25e-7, passes: int = 1, seed: int = 0
+) -> Method:
+    """Diff pruning: train θ_0 + z⊙w with an L0 penalty on the gates z on `calibration=`, keep the B
+    scalars of largest |z·w|, rewind, train those.
+
+    Source: Guo et al., ACL 2021, arXiv 2012.07463.
+    """
+    return Method(DiffPruning(lr, penalty=penalty, passes=passes, seed=seed), Static(), budget)
 
 
-def _decode(described: Any, base: type[Any]) -> Any:
-    if not isinstance(described, Mapping) or "kind" not in described:
-        return tuple(described) if isinstance(described, list) else described
-    kinds = {kind.__name__: kind for kind in _subclasses(base)}
-    if described["kind"] not in kinds:
+def lt_sft(budget: Budget, lr: float = 5e-5, passes: int = 1, optimizer: str = "AdamW") -> Method:
+    """LT-SFT, a lottery ticket: train in full on `calibration=`, keep the B scalars of largest
+    |θ_full - θ_0|, rewind, train those.
+
+    Source: Ansell et al., "Composable Sparse Fine-Tuning", ACL 2022, arXiv 2110.07560.
+    """
+    return Method(Movement(optimizer, lr, passes), Static(), budget)
+
+
+def sparse_adapter(budget: Budget, pruner: str = "snip", seed: int = 0) -> Method:
+    """SparseAdapter: prune at initialisation, keeping the B scalars of largest |θ·∇θ| on the first
+    batch (SNIP); or of largest |θ| (pruner="magnitude"), or at random.
+
+    Source: He et al., EMNLP Findings 2022, arXiv 2210.04284.
+    """
+    pruners = {"snip": Taylor(), "magnitude": Magnitude(largest=True), "random": Random(seed)}
+    if pruner not in pruners:
         raise UnmaskError(
-            f"no {base.__name__.lower()} is called {described['kind']!r}; there are {', '.join(sorted(kinds))} "
-            "(import the module that defines your own first)"
+            f"sparse_adapter was asked for pruner={pruner!r}; it is one of {', '.join(pruners)}"
         )
-    values = {k: _decode(v, Schedule) for k, v in described.items() if k != "kind"}
-    return kinds[described["kind"]](**values)
+    return Method(pruners[pruner], Static(), budget)
 
 
-def _subclasses(base: type[Any]) -> list[type[Any]]:
-    direct = base.__subclasses__()
-    return direct + [deeper for kind in direct for deeper in _subclasses(kind)]
+def sft_ag(
+    budget: Budget, every: int = 20, window: int = 5, rate: float = 0.2, decay: str = "linear"
+) -> Method:
+    """SpIEL-AG: per tensor; every k steps the share rate·(1 - t/T) that moved least is dropped,
+    back to θ_0, and as many are grown by |Σ ∇θ| over the last `window` steps among the best
+    candidates.
+
+    Source: Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", arXiv 2401.16405.
+    """
+    grow = Candidates(window, every)
+    return Method(grow, DropGrow(every, rate, decay, first=window), budget, scope=PerTensor())
+
+
+def sft_ma(
+    budget: Budget, every: int = 20, rate: float = 0.2, decay: str = "linear", first: int = 5
+) -> Method:
+    """SpIEL-MA: per tensor; every k steps the share rate·(1 - t/T) that moved least is dropped,
+    back to θ_0, and as many are grown by √(r_i·c_j), SM3's estimate of the momentum by rows and
+    columns.
+
+    Source: Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", arXiv 2401.16405.
+    """
+    return Method(Cover(), DropGrow(every, rate, decay, first), budget, scope=PerTensor())
+
+
+def super_tuning(budget: Budget, largest: bool = True) -> Method:
+    """Super-Tuning: of each tensor its share of B, the largest |θ| (largest=False: the smallest),
+    once; needs no data.
+
+    Source: arXiv 2607.09287; in Hugging Face PEFT as `SupertuningConfig`.
+    """
+    return Method(Magnitude(largest), Static(), budget, scope=PerTensor())
+
+
+def shira(budget: Budget, seed: int = 0) -> Method:
+    """SHiRA with a random mask: r·(m + n) scalars of each m x n matrix at random, where B = r·Σ(m
+    + n).
+
+    Source: Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv 2406.13175.
+    """
+    return Method(Random(seed), Static(), budget, scope=PerTensor(by="sides"))
+
+
+def lift(budget: Budget, rank: int = 128, every: int = 400) -> Method:
+    """LIFT: of each m x n matrix the largest |W_r|, its nearest matrix of rank r, in number as m +
+    n; chosen anew every k steps, what stays keeping its optimiser state.
+
+    Source: Liu et al., "LIFT the Veil for the Truth", ICML 2025, arXiv 2506.00772.
+    """
+    return Method(Principal(rank), Reselect(every), budget, scope=PerTensor(by="sides"))
+
+
+class Description(NamedTuple):
+    """A named method in words: what it trains, what that takes beyond the weights, whose it is."""
+
+    name: str
+    formula: str
+    memory: str
+    source: str
+
+
+def describe(name: str) -> Description:
+    """The named method's formula and source, from its docstring, and its memory, from its parts.
+
+    >>> describe("pafi").memory
+    '32 bytes x B; no gradient to choose'
+    """
+    build = globals()[name]
+    said, _, source = (inspect.getdoc(build) or "").partition("Source:")
+    method: Method = build(budget=0.5)
+    # Values, base, position and index, AdamW's two moments.
+    size = "N" if inspect.signature(build).parameters["budget"].default == 1.0 else "B"
+    memory = [f"32 bytes x {size}"]
+    if isinstance(method.strategy, Repeat | Reselect):
+        memory.append("12 bytes for each scalar that left")
+    if method.heuristic.memory:
+        memory.append(method.heuristic.memory)
+    if not method.heuristic.uses_gradient:
+        memory.append("no gradient to choose")
+    else:
+        every = getattr(method.strategy, "every", 1)
+        when = "at the first step" if method.strategy.once else "at every step"
+        if every > 1 and not method.heuristic.watches(every):
+            when = "when it chooses"
+        memory.append(f"reads all gradients {when}")
+    plain = (" ".join(part.split()) for part in (said, "; ".join(memory), source))
+    return Description(name, *plain)

@@ -27,8 +27,12 @@ class NonFinite(Exception):
 
 
 class Piece(NamedTuple):
-    """One tensor's part in a selection; theta and grad 1-D, `taken` sorted global indices of its
-    scalars that are out of the question."""
+    """One tensor's part in a selection, all of it 1-D.
+
+    taken  sorted global indices of its scalars that are out of the question
+    seen   what the heuristic keeps of it
+    into   where to add the gradients of `taken`, if the selector `gathers`: it has them in hand
+    """
 
     name: str
     offset: int
@@ -36,10 +40,13 @@ class Piece(NamedTuple):
     grad: Tensor | None
     taken: Tensor
     seen: Tensor | None = None
+    into: Tensor | None = None
 
 
 class TopK:
     """The `count` highest scores of what was offered so far."""
+
+    gathers = True  # see Piece.into
 
     def __init__(self, count: int, heuristic: Heuristic, home: torch.device) -> None:
         self.count = count
@@ -66,18 +73,22 @@ class TopK:
 
     def best(self) -> tuple[Tensor, Tensor]:
         """The chosen scalars' global indices, sorted, int64, and their gradients."""
-        self._thin(self.count)
-        _, index, gradient = (torch.cat(parts) for parts in zip(*self._found, strict=True))
+        _, index, gradient = self.scored()
         index, order = index.sort()
         return index, gradient[order]
+
+    def scored(self) -> tuple[Tensor, ...]:
+        """Their scores, global indices and gradients, in no order."""
+        self._thin(self.count)
+        return tuple(torch.cat(parts) for parts in zip(*self._found, strict=True))
 
     def _sweep(self, pieces: list[Piece], law: tuple[float, float]) -> None:
         """Let compiled code find what could win, then score only that."""
         thetas, grads = ([getattr(p, name) for p in pieces] for name in ("theta", "grad"))
-        offsets, taken = [p.offset for p in pieces], [p.taken for p in pieces]
+        offsets, taken, into = ([p[i] for p in pieces] for i in (1, 4, 6))
         module = compiled_for(*thetas, *grads)
         assert module is not None
-        sweep = module.Sweep(thetas, grads, offsets, taken, law)
+        sweep = module.Sweep(thetas, grads, offsets, taken, into, law)
         # The first scalars raise the threshold for all others, so begin with few.
         capacity = max(FEW, min(2 * self.count, MANY))
         start, size = 0, FEW
@@ -100,6 +111,8 @@ class TopK:
     def _walk(self, piece: Piece) -> None:
         """Score a tensor whole, a run of it at a time."""
         given = self.heuristic.uses_gradient and piece.grad is not None
+        if piece.into is not None and piece.grad is not None:
+            piece.into.add_(piece.grad[piece.taken - piece.offset].to(piece.into.device))
         for start in range(0, len(piece.theta), RUN):
             flat = range(start, min(start + RUN, len(piece.theta)))
             run = slice(flat.start, flat.stop)
@@ -141,6 +154,13 @@ class TopK:
         keep = above | (tied & (index <= last))
         self._found = [(score[keep], index[keep], grad[keep])]
         self.threshold, self.last = float(threshold), int(last)
+
+
+def ranked(score: Tensor, index: Tensor) -> Tensor:
+    """The order from the best score down; of equals the smaller index first, and NaN last."""
+    order = index.argsort()
+    score = torch.where(score.isnan(), -torch.inf, score)
+    return order[score[order].argsort(descending=True, stable=True)]
 
 
 def others(total: int, taken: Tensor) -> Tensor:

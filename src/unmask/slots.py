@@ -50,6 +50,7 @@ class Change:
     entered: Tensor  # their positions
     left: Tensor  # scalars that leave, sorted
     vacated: Tensor  # the positions they had
+    rewind: bool = False  # whether those get their base values back
 
     def at(self, index: Tensor) -> Tensor:
         """The positions of these scalars, all in the table."""
@@ -66,13 +67,14 @@ class Slots:
     retired_base  their base values, so that undoing everything stays exact
     """
 
-    def __init__(self, eligible: Eligible, budget: int) -> None:
+    def __init__(self, eligible: Eligible, budget: int, values: Values | None = None) -> None:
         self.eligible = eligible
         wide = any(t.dtype == torch.float64 for t in eligible.tensors)
         device = eligible.tensors[0].device
-        self.values = Values(
-            torch.zeros(budget, dtype=torch.float64 if wide else torch.float32, device=device)
-        )
+        if values is None:
+            dtype = torch.float64 if wide else torch.float32
+            values = Values(torch.zeros(budget, dtype=dtype, device=device))
+        self.values = values
         self.clear()
 
     def __len__(self) -> int:
@@ -99,13 +101,14 @@ class Slots:
         index, position = _merge(self.index, fresh, self.position, entered)
         return Change(index, position, fresh, entered, fresh[:0], fresh[:0])
 
-    def replace(self, chosen: Tensor) -> Change:
+    def replace(self, chosen: Tensor, rewind: bool = False) -> Change:
         """The table of exactly these scalars (sorted); those that stay keep their positions."""
         stays = torch.isin(self.index, chosen, assume_unique=True)
         fresh = chosen[~torch.isin(chosen, self.index, assume_unique=True)]
         entered = self._places(len(fresh), self.position[stays])
         index, position = _merge(self.index[stays], fresh, self.position[stays], entered)
-        return Change(index, position, fresh, entered, self.index[~stays], self.position[~stays])
+        left, vacated = self.index[~stays], self.position[~stays]
+        return Change(index, position, fresh, entered, left, vacated, rewind)
 
     def _places(self, count: int, occupied: Tensor) -> Tensor:
         """That many free positions, vacated ones first."""
@@ -117,11 +120,14 @@ class Slots:
         return torch.cat([vacant.nonzero().squeeze(1), unused])[:count]
 
     def commit(self, change: Change) -> Tensor:
-        """Put a change into force: read the weights of what enters, keep the base of what leaves.
+        """Put a change into force: read the weights of what enters; give what leaves its base value
+        back, or keep that.
 
         Returns the positions now in use that held another scalar before.
         """
-        if len(change.left):
+        if change.rewind:
+            self.write(change.left, self.base[change.vacated])
+        elif len(change.left):
             self.retired, self.retired_base = _merge(
                 self.retired, change.left, self.retired_base, self.base[change.vacated]
             )

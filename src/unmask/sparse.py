@@ -6,15 +6,18 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unmask.errors import UnmaskError
+from unmask.kernels import swap
+from unmask.kernels.swap import Move
 
-__all__ = ["Sparse", "bits", "describe", "fingerprint"]
+__all__ = ["Sparse", "bits", "describe", "fingerprint", "read", "write"]
 
 # Values travel as integers of their width: then no float rule can touch a NaN's payload or a -0.0.
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -55,23 +58,28 @@ class Sparse:
         """Scalars of the whole tensor."""
         return math.prod(self.shape)
 
-    def of(self, tensor: Tensor) -> Sparse:
-        """Return the same positions with the values that `tensor`, of this shape, holds there."""
-        flat, at = bits(tensor), self.indices.to(tensor.device)
-        if flat.is_contiguous():
-            values = flat.view(-1).index_select(0, at)
-        else:  # indices count in the shape's order, not the memory's (channels_last, a transpose)
-            values = flat[torch.unravel_index(at, flat.shape)]
-        return replace(self, values=values.cpu().view(tensor.dtype))
+    def holding(self, values: Tensor) -> Sparse:
+        """Return the same positions with other values, of as many scalars in CPU memory."""
+        other = object.__new__(Sparse)
+        vars(other).update(vars(self), values=values)  # valid by what is promised: not checked
+        return other
 
-    def write(self, tensor: Tensor) -> None:
-        """Write the values into `tensor`, of this shape and dtype, on whatever device."""
-        flat, at = bits(tensor), self.indices.to(tensor.device)
-        values = bits(self.values).to(tensor.device)
-        if flat.is_contiguous():
-            flat.view(-1).index_copy_(0, at, values)
-        else:
-            flat[torch.unravel_index(at, flat.shape)] = values
+
+def read(sparse: Mapping[str, Sparse], tensors: Mapping[str, Tensor]) -> dict[str, Sparse]:
+    """Return the same positions with the values that `tensors`, of these shapes, hold there."""
+    dtypes = {name: tensors[name].dtype for name in sparse}
+    room = {}
+    for dtype in set(dtypes.values()):  # a few large vectors instead of many small ones
+        counts = [part.indices.numel() for n, part in sparse.items() if dtypes[n] == dtype]
+        room[dtype] = iter(torch.empty(sum(counts), dtype=dtype).split(counts))
+    found = {name: part.holding(next(room[dtypes[name]])) for name, part in sparse.items()}
+    swap.gather([Move(tensors[name], part.indices, part.values) for name, part in found.items()])
+    return found
+
+
+def write(sparse: Mapping[str, Sparse], tensors: Mapping[str, Tensor]) -> None:
+    """Write the values into `tensors`, of these shapes and dtypes, on whatever device."""
+    swap.scatter([Move(tensors[name], part.indices, part.values) for name, part in sparse.items()])
 
 
 def fingerprint(sparse: Mapping[str, Sparse]) -> str:
@@ -81,11 +89,15 @@ def fingerprint(sparse: Mapping[str, Sparse]) -> str:
     """
     digest = hashlib.sha256()
     for name, part in sorted(sparse.items()):
-        # JSON delimits itself and the count delimits the bytes: no two contents share a stream.
-        header = [name, part.shape, str(part.values.dtype), len(part.values)]
-        digest.update(json.dumps(header).encode())
+        digest.update(_header(name, part.shape, part.values.dtype, part.values.numel()))
         digest.update(bits(part.values).numpy().data)
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=1 << 14)  # hashed anew at every swap of the same deltas
+def _header(name: str, shape: tuple[int, ...], dtype: torch.dtype, count: int) -> bytes:
+    # JSON delimits itself and the count delimits the bytes: no two contents share a stream.
+    return json.dumps([name, shape, str(dtype), count]).encode()
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -13,9 +13,12 @@ from unmask.delta import Delta, Sparse, fingerprint
 from unmask.driver import Driver
 from unmask.eligible import Eligible, Patterns, find
 from unmask.errors import UnmaskError
+from unmask.fresh import random_parts
 from unmask.intake import Draft, Intake
 from unmask.methods import Method
+from unmask.sampled import Sampler
 from unmask.slots import Slots
+from unmask.slots import Values as Values
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tuner]] = weakref.WeakKeyDictionary()
 
@@ -39,7 +42,9 @@ def attach(
     train_fully   patterns of parameters trained whole, outside the budget (a new head, say)
     calibration   batches for methods that need data before training
     gradients     "dense": the loop leaves full `.grad`s, read at the step; "streaming": each is
-                  consumed during backward, so memory holds one at a time and none is left
+                  consumed during backward, so memory holds one at a time and none is left;
+                  "sampled": as streaming where something is chosen, and between selections weight
+                  gradients are computed at the unmasked scalars only
     accumulation  backward passes a step, which streaming has to know
 
     Parameters that are neither eligible nor trained fully are frozen until `detach()`.
@@ -71,6 +76,8 @@ class Tuner:
 
     model, method  as given to `attach`
     budget  the method's budget in scalars
+    values  the vector, where an integration hosts the run: its optimiser is then made elsewhere,
+            and the integration says which weights require a gradient and when
     """
 
     def __init__(
@@ -82,19 +89,28 @@ class Tuner:
         full: Mapping[str, nn.Parameter],
         calibration: Iterable[Any] | None,
         gradients: str,
-        accumulation: int,
+        accumulation: int | None,
+        values: Values | None = None,
     ) -> None:
         self.model, self.method, self.eligible, self.full = model, method, eligible, full
+        self.gradients = gradients
         self.budget = method.resolve(eligible.total, len(eligible.names))
-        self.slots = Slots(eligible, self.budget)
-        intake = Intake(self._draft, eligible, self.slots.values, full, gradients, accumulation)
-        self._driver = Driver(self.slots, intake, full)
+        self.slots = Slots(eligible, self.budget, values)
+        others = dict(full)  # what the optimiser trains besides
+        intake = Intake(self._draft, eligible, self.slots.values, others, gradients, accumulation)
+        self._driver = Driver(self.slots, intake, others)
         self._steps: int | None = None
         self.steps = steps
         self._seen: dict[int, Tensor] = {}  # what the heuristic keeps of whole tensors, if anything
+        self._heard: tuple[float, ...] = ()  # what the strategy keeps of the reported losses
+        # What the base lacks, so that the delta has to bring it along.
+        self._random = random_parts(model) if values is None else {}
         self._whole_base = _copies(self._whole())
         self._on_optimizer: list[Callable[[torch.optim.Optimizer], None]] = []
-        self._undo = [self._freezing(), *intake.watch()]  # what detach() takes back, last first
+        hosted = self._driver.listen() if values is not None else [self._freezing()]
+        self._undo = [*hosted, *intake.watch()]  # what detach() takes back, last first
+        if intake.sampled:
+            self._undo += Sampler(self.slots, intake, self._settled).watch(model)
         self._calibrate(calibration)
         _attached[model] = weakref.ref(self)
 
@@ -158,6 +174,10 @@ class Tuner:
             callback(optimizer)
         return optimizer
 
+    def report(self, loss: float) -> None:
+        """Tell the strategy the training loss of a step; those that adapt to it go by this."""
+        self._heard = self.method.strategy.hear(self._heard, float(loss))
+
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on: O(budget) and what is trained fully.
 
@@ -171,6 +191,7 @@ class Tuner:
             "updates": self.updates,
             "slots": self.slots.state_dict(),
             "seen": {self.eligible.names[k]: seen.clone() for k, seen in self._seen.items()},
+            "heard": list(self._heard),
             "whole": _copies(self._whole()),
             "whole_base": _copies(self._whole_base),
         }
@@ -183,31 +204,44 @@ class Tuner:
         """
         counts = {"scalars": self.eligible.total, "budget": self.budget}
         _check_state(state, counts, self._whole())
-        self.slots.load_state_dict(state["slots"])
+        drawn = _copies(self._random)  # here; the base that the state is of drew otherwise
+        _copy(self._random, {name: state["whole_base"][name] for name in drawn})
+        try:
+            self.slots.load_state_dict(state["slots"])
+        except UnmaskError:
+            _copy(self._random, drawn)
+            raise
         _copy(self._whole(), state["whole"])
         self._whole_base = _copies(state["whole_base"])
         self._seen.clear()
         for k, name in enumerate(self.eligible.names):
             if name in state["seen"]:
                 self._seen[k] = state["seen"][name].to(self.eligible.tensors[k].device, copy=True)
+        self._heard = tuple(state["heard"])
         self._steps = state["steps"]
         self._driver.step, self._driver.updates = state["step"], state["updates"]
         self._driver.intake.forget()
 
     def delta(self) -> Delta:
         """What the run has changed so far, O(budget): the trained scalars, the fully trained
-        parameters and the normalisation statistics."""
+        parameters and the normalisation statistics.
+
+        Over fresh modules (LoRA, adapters) what was drawn at random is in it whole, trained or not,
+        since a later process would draw it differently; what began as a constant isn't.
+        """
         index, base = self.slots.touched()
         now = self.slots.read(index)
         sparse, before = {}, {}
         for k, start, stop in self.eligible.split(index):
             name, tensor = self.eligible.names[k], self.eligible.tensors[k]
+            if name in self._random:
+                continue
             flat, shape = index[start:stop] - self.eligible.offsets[k], tuple(tensor.shape)
             sparse[name] = Sparse(shape, flat, now[start:stop].to(tensor.dtype))
             before[name] = Sparse(shape, flat, base[start:stop].to(tensor.dtype))
         return Delta(
             sparse=sparse,
-            full=self.full,
+            full={**self.full, **self._random},
             buffers=_statistics(self.model),
             base=fingerprint(before),
             info={
@@ -230,11 +264,14 @@ class Tuner:
         if unknown := delta.sparse.keys() - set(self.eligible.names):
             raise UnmaskError(f"the delta changes {min(unknown)!r}, which isn't eligible here")
         self._revert()
+        whole = {n: t for n, t in delta.full.items() if n in self.eligible.parameters}
+        moved = {n: t != self.eligible.parameters[n].detach().cpu() for n, t in whole.items()}
         self.slots.clear()
         undo = delta.apply(self.model)
         undo.apply(self.model)
         starts = dict(zip(self.eligible.names, self.eligible.offsets, strict=False))
         chosen = [part.indices + starts[name] for name, part in delta.sparse.items()]
+        chosen += [m.flatten().nonzero().flatten() + starts[n] for n, m in moved.items()]
         index = torch.cat([*chosen, torch.empty(0, dtype=torch.int64)]).sort().values
         # One share, unless the strategy lets go of scalars: then the last is current.
         for share in index.to(self.slots.index.device).split(self.budget):
@@ -250,13 +287,25 @@ class Tuner:
         """
         delta = self.delta()
         self._revert()
+        self.release()
+        return delta
+
+    # For integrations.
+
+    def reread(self) -> None:
+        """Take over what the weights are now: someone else has written to them since the step."""
+        self.slots.reread()
+
+    def release(self) -> None:
+        """Take every trace of the tuner off the model but what it trained, which stays."""
         while self._undo:
             self._undo.pop()()
         self.slots.values.collect = self.slots.values.assign = None
         _attached.pop(self.model, None)
-        return delta
 
-    # For integrations.
+    def last_pass(self, last: bool) -> None:
+        """Say whether the backward pass to come is the step's last (with accumulation=None)."""
+        self._driver.intake.last = last
 
     def on_optimizer(self, callback: Callable[[torch.optim.Optimizer], None]) -> None:
         """Call back with the optimiser, now or when it is made."""
@@ -270,24 +319,41 @@ class Tuner:
 
     def _draft(self) -> Draft:
         """A draft of the step to come."""
-        strategy = self.method.strategy
+        strategy = self.method.strategy.hearing(self._heard)
         if self.steps is None and strategy.needs_steps:
             raise UnmaskError(
                 f"{type(strategy).__name__} needs the number of optimiser steps of the run; give "
-                "attach(..., steps=...) or set tuner.steps before the first step"
+                "steps= to attach() or UnmaskConfig(), or set tuner.steps before the first step"
             )
-        quota = strategy.quota(self.step + 1, len(self.slots), self.budget, self.steps)
-        return Draft(self.slots, self.method, quota, self._seen)
+        step = self.step + 1
+        quota = strategy.quota(step, len(self.slots), self.budget, self.steps)
+        if self._final():
+            self._seen.clear()  # nothing will be scored again
+        watching = not self._final() and self.method.heuristic.watches(step)
+        return Draft(self.slots, self.method, quota, self._seen, step, watching)
+
+    def _settled(self) -> bool:
+        """Whether the step to come leaves the choice as it is, and needs no other gradients."""
+        strategy, step = self.method.strategy.hearing(self._heard), self.step + 1
+        if self.steps is None and strategy.needs_steps:
+            return False
+        watching = not self._final() and self.method.heuristic.watches(step)
+        return not (watching or any(strategy.quota(step, len(self.slots), self.budget, self.steps)))
+
+    def _final(self) -> bool:
+        """Whether the choice is made for good."""
+        return self.method.strategy.once and len(self.slots) == self.budget
 
     def _calibrate(self, batches: Iterable[Any] | None) -> None:
         """Let the heuristic look at data; choose at once where training gradients have no say."""
         heuristic, names = self.method.heuristic, self.eligible.names
         seen = heuristic.calibrate(self.model, self.eligible.parameters, batches)
-        self._seen |= {k: seen[name].reshape(-1) for k, name in enumerate(names) if name in seen}
+        self._seen |= {k: seen[name] for k, name in enumerate(names) if name in seen}
         if not (heuristic.uses_gradient or self.method.strategy.needs_steps):
             self._driver.intake.change = self._draft().change
             self._driver.commit()
-            self._seen.clear()
+            if self.method.strategy.once:
+                self._seen.clear()
 
     def _freezing(self) -> Callable[[], None]:
         """Freeze what isn't trained; returns what takes that back, gradients included."""
@@ -309,8 +375,8 @@ class Tuner:
         _copy(self._whole(), self._whole_base)
 
     def _whole(self) -> dict[str, Tensor]:
-        """What changes outside the budget, kept whole: full parameters and statistics."""
-        return {**self.full, **_statistics(self.model)}
+        """What is kept whole: full parameters, what was drawn at random, and statistics."""
+        return {**self.full, **self._random, **_statistics(self.model)}
 
 
 def _narrowed(eligible: Eligible, chosen: Eligible, method: Method) -> Eligible:
@@ -327,7 +393,7 @@ def _check_state(
     state: Mapping[str, Any], counts: Mapping[str, int], whole: Mapping[str, Tensor]
 ) -> None:
     """Refuse what isn't a tuner's state, or is one of another method or model."""
-    keys = {*counts, "steps", "step", "updates", "slots", "seen", "whole", "whole_base"}
+    keys = {*counts, "steps", "step", "updates", "slots", "seen", "heard", "whole", "whole_base"}
     if missing := keys - state.keys():
         raise UnmaskError(
             f"this is no state of a tuner, {', '.join(sorted(missing))} missing; "

@@ -50,6 +50,8 @@ class Sweep:
 
     offsets  global index of each tensor's first scalar, ascending
     taken    for each tensor, the sorted global indices that are out of the question
+    into     for each tensor, None or where to add the gradients of its `taken` on the way: float32,
+             done for a range once it was run
     law      (exp, eps) of the score |g| / (|θ| + eps)^exp
     """
 
@@ -59,15 +61,17 @@ class Sweep:
         grads: Sequence[Tensor],
         offsets: Sequence[int],
         taken: Sequence[Tensor],
+        into: Sequence[Tensor | None],
         law: tuple[float, float],
     ) -> None:
-        self._keep = (thetas, grads, taken)  # alive as long as their addresses are used
+        self._keep = (thetas, grads, taken, into)  # alive as long as their addresses are used
         self._law = law
         self._starts = np.array([0, *accumulate(map(len, thetas))], dtype=np.int64)
         self._offsets = np.array(offsets, dtype=np.int64)
         self._arrays = (
             *(_addresses(grads), _halves(grads), _addresses(thetas), _halves(thetas)),
             *(_addresses(taken), np.array([len(t) for t in taken], dtype=np.int64)),
+            np.array([0 if x is None else x.data_ptr() for x in into], dtype=np.uint64),
         )
         self.total = int(self._starts[-1])
 
@@ -247,7 +251,7 @@ def _read(address, half, i):  # type: ignore[no-untyped-def]
 
 @_compile
 def _sweep(  # type: ignore[no-untyped-def]
-    starts, offsets, g_at, g_half, t_at, t_half, taken_at, taken_len,
+    starts, offsets, g_at, g_half, t_at, t_half, taken_at, taken_len, into_at,
     start, stop, exp, eps, low, cut, out_index, out_theta, out_grad,
 ):  # fmt: skip
     """(number found, where it stopped, tensor with a gradient that isn't finite or -1).
@@ -265,6 +269,8 @@ def _sweep(  # type: ignore[no-untyped-def]
         last = min(stop, starts[k + 1])
         taken = carray(_pointer(taken_at[k]), (taken_len[k],), dtype=np.int64)
         shift = offsets[k] - starts[k]  # from the place in the sweep to the global index
+        into = carray(_pointer(into_at[k]), (taken_len[k],), dtype=np.float32)
+        fill = into_at[k] != 0
         t = np.searchsorted(taken, at + shift)
         while at < last:
             n = min(BLOCK, last - at)
@@ -277,20 +283,26 @@ def _sweep(  # type: ignore[no-untyped-def]
                 if hits > 0:
                     if count + n > out_index.size:
                         return count, at, -1
+                    u = t
                     for i in range(n):
                         theta = _read(t_at[k], t_half[k], here + i)
                         base = _as_float(theta & MAGNITUDE) + eps
                         key = np.float32(bits[i]) - exp * np.float32(_as_bits(base))
                         if bits[i] >= low and key >= cut:
                             scalar = at + i + shift
-                            while t < taken.size and taken[t] < scalar:
-                                t += 1
-                            if t == taken.size or taken[t] != scalar:
+                            while u < taken.size and taken[u] < scalar:
+                                u += 1
+                            if u == taken.size or taken[u] != scalar:
                                 out_index[count] = scalar
                                 out_theta[count] = theta
                                 out_grad[count] = _read(g_at[k], g_half[k], here + i)
                                 count += 1
             at += n
+            while t < taken.size and taken[t] < at + shift:
+                if fill:
+                    place = taken[t] - offsets[k]
+                    into[t] += _as_float(_read(g_at[k], g_half[k], place))
+                t += 1
     return count, at, -1
 
 

@@ -10,7 +10,7 @@ Array = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
 ONE = np.uint64(1)
-# The place of a word's only set bit: six of a de Bruijn number's bits, multiplied by it, are unique.
+# A power of two times this number has in its six highest bits what no other has.
 DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 PLACE = np.zeros(64, dtype=np.int64)
 PLACE[[(0x03F79D71B4CB0A89 << bit) % 2**64 >> 58 for bit in range(64)]] = range(64)

@@ -52,7 +52,7 @@ def scatter(moves: Sequence[Move]) -> None:
 
 def _compiled(moves: Sequence[Move], way: str) -> Sequence[Move]:
     """Do with compiled code what it can do; the moves that are left."""
-    kernels = compiled("swap_cpu", sum(len(move.at) for move in moves))
+    kernels = compiled("swap_cpu", sum(move.at.numel() for move in moves))
     if kernels is None:
         return moves
     able = [move.tensor.device.type == "cpu" and move.tensor.is_contiguous() for move in moves]

@@ -6,8 +6,10 @@ tensor costs would outweigh the work. The kernels are handed addresses instead.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
@@ -19,7 +21,7 @@ from numba.extending import intrinsic
 from unmask.errors import UnmaskError
 from unmask.kernels.swap import Move
 
-SHARE = 1 << 14  # scalars that are worth a thread of their own
+SHARE = 1 << 15  # scalars that a thread takes at once
 WORD = {2: np.empty(0, np.uint16), 4: np.empty(0, np.uint32), 8: np.empty(0, np.uint64)}
 
 
@@ -40,14 +42,28 @@ def _run(kernel: Callable[..., bool], moves: Sequence[Move]) -> None:
         same = [move for move in moves if move.tensor.element_size() == size]
         places = [(t.data_ptr(), t.numel(), at.data_ptr(), v.data_ptr()) for t, at, v in same]
         table = np.array(places, dtype=np.uint64).reshape(-1, 4)
-        starts = np.cumsum([0, *(len(move.at) for move in same)], dtype=np.int64)
-        work = partial(kernel, table, starts, word)
-        threads = max(1, min(torch.get_num_threads(), int(starts[-1]) // SHARE))
-        cuts = [int(starts[-1]) * i // threads for i in range(threads + 1)]
-        jobs = [_pool().submit(work, *cuts[i : i + 2]) for i in range(1, threads)]
-        done = [work(*cuts[:2]), *(job.result() for job in jobs)]
-        if not all(done):  # only if someone wrote into a delta's own indices
+        starts = np.cumsum([0, *(move.at.numel() for move in same)], dtype=np.int64)
+        if not _share_out(partial(kernel, table, starts, word), int(starts[-1])):
+            # Only if someone wrote into a delta's own indices.
             raise UnmaskError("an index lies outside of its tensor; load the delta afresh")
+
+
+def _share_out(kernel: Callable[[int, int], bool], total: int) -> bool:
+    """Run the kernel over 0..total in shares, on several threads; whether all was well."""
+    shares = deque(range(0, total, SHARE))
+
+    def work() -> bool:
+        good = True
+        while shares:
+            with suppress(IndexError):  # another thread took the last one
+                start = shares.popleft()
+                good &= kernel(start, min(start + SHARE, total))
+        return good
+
+    helpers = [_pool().submit(work) for _ in range(min(torch.get_num_threads(), len(shares)) - 1)]
+    good = work()
+    # On a busy machine a helper may not have begun: then all is done, and it needn't.
+    return all([good, *(helper.result() for helper in helpers if not helper.cancel())])
 
 
 @cache
@@ -55,15 +71,17 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="unmask-swap")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(_: Any, address: Any, like: Any) -> Any:
+def _as_pointer(_: Any, address: Any, like: Any) -> Any:
     """The address as a pointer to elements of the type of the array `like`."""
-    signature = types.CPointer(like.dtype)(address, like)
+    signature = types.CPointer(like.dtype)(address, like)  # type: ignore[no-untyped-call]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return signature, generate
+
+
+_pointer: Any = intrinsic(_as_pointer)
 
 
 # Entries start..stop of all moves' together are one thread's share. The index is compared as an

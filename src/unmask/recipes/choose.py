@@ -10,17 +10,18 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from unmask import heuristics, methods, schedules, strategies
+from unmask import Method, heuristics, methods, schedules, scopes, strategies
 from unmask.errors import UnmaskError
-from unmask.methods import Budget, Method
 from unmask.recipes import presets
 from unmask.recipes.config import METHOD_PARTS, convert
+from unmask.recipes.presets import Budget
 
 HEAD = "head"  # the baseline of the recipes: train the new head, leave the pretrained model alone
 PARTS: dict[str, ModuleType] = {
     "heuristic": heuristics,
     "strategy": strategies,
     "schedule": schedules,
+    "scope": scopes,
 }
 
 
@@ -43,14 +44,12 @@ def method(name: str, budget: Budget, settings: Mapping[str, Any]) -> Method:
         part, dot, field = key.partition(".")
         if part not in METHOD_PARTS:
             continue
-        current: Any = built.heuristic if part == "heuristic" else built.strategy
+        holder = built.strategy if part == "schedule" else built
+        if (current := getattr(holder, part, None)) is None:
+            raise UnmaskError(f"--set {key}: {type(holder).__name__} has no {part}")
+        new: Any = _changed(current, part, field, value, key) if dot else _made(part, value)
         if part == "schedule":
-            current = getattr(built.strategy, "schedule", None)
-            if current is None:
-                raise UnmaskError(f"--set {key}: {type(built.strategy).__name__} has no schedule")
-        new = _changed(current, part, field, value, key) if dot else _class(part, value)()
-        if part == "schedule":
-            part, new = "strategy", replace(built.strategy, schedule=new)  # type: ignore[type-var]
+            part, new = "strategy", replace(holder, schedule=new)  # type: ignore[type-var]
         built = replace(built, **{part: new})
     return built
 
@@ -78,12 +77,13 @@ def catalogue() -> list[Entry]:
 
 
 def _memory(built: Method) -> str:
-    # The values, their base, their slots (two int64) and AdamW's two moments; see slots.py.
+    # The values, their base, their slots (two int64) and AdamW's two moments.
     kept = f"32 bytes x {'B' if built.budget == presets.BUDGET else 'N'}"
+    more = getattr(built.heuristic, "memory", "")
     if not built.heuristic.uses_gradient:
-        return f"{kept}; no gradient to choose"
-    when = "at the first step" if isinstance(built.strategy, strategies.Static) else "at every step"
-    return f"{kept}; reads all gradients {when}"
+        return f"{kept}; {more or 'no gradient to choose'}"
+    when = "the first" if isinstance(built.strategy, strategies.Static) else "every"
+    return f"{kept}; {more or f'reads all gradients at {when} step'}"
 
 
 def _changed(current: Any, part: str, field: str, value: Any, key: str) -> Any:
@@ -98,17 +98,23 @@ def _changed(current: Any, part: str, field: str, value: Any, key: str) -> Any:
                 f"{', '.join(dict.fromkeys(allowed)) or 'none'}, and --set {part}=<class> with "
                 f"{', '.join(_classes(part))}"
             )
-        current = owners[0]()
+        current = _made(part, owners[0].__name__)
     hints = typing.get_type_hints(type(current))
     return replace(current, **{field: convert(value, hints[field], key)})
 
 
-def _class(part: str, name: Any) -> Any:
-    known = _classes(part)
-    for candidate, kind in known.items():
-        if candidate.lower() == str(name).lower():
-            return kind
-    raise UnmaskError(f"--set {part}={name}: there are {', '.join(known)}")
+def _made(part: str, name: Any) -> Any:
+    """The part of this name, with its defaults."""
+    known = {candidate.lower(): kind for candidate, kind in _classes(part).items()}
+    if str(name).lower() not in known:
+        raise UnmaskError(f"--set {part}={name}: there are {', '.join(_classes(part))}")
+    try:
+        return known[str(name).lower()]()
+    except TypeError as problem:
+        raise UnmaskError(
+            f"--set {part}={name}: {name} can't be made from defaults alone ({problem}); "
+            "build the method in Python"
+        ) from problem
 
 
 def _classes(part: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import UnmaskError
-from unmask.methods import Budget
 from unmask.recipes import demo, presets, tasks
+from unmask.recipes.presets import Budget
 
 # Training arguments that have an option of their own here, under the name of that option.
 OPTIONS = {
@@ -162,7 +162,7 @@ class RunConfig:
         return chosen
 
 
-METHOD_PARTS = ("heuristic", "strategy", "schedule")
+METHOD_PARTS = ("heuristic", "strategy", "schedule", "scope")
 
 
 def parse_budget(budget: Budget | str | None) -> Budget:

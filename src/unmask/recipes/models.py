@@ -36,7 +36,7 @@ def load(name: str, task: Task, seed: int) -> Loaded:
     labels = dict(enumerate(task.labels))
     names = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}} if labels else {}
     transformers.set_seed(seed)
-    with _explained(source):
+    with explained(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
             source,
@@ -76,17 +76,24 @@ def merge(model_name: str, delta: Delta, out: Path) -> Any:
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UnmaskError(f"{str(out)!r} exists and isn't empty; name another folder with --out")
-    head, source = delta.info.get("head", {}), located(model_name)
-    with _explained(source):
-        config = transformers.AutoConfig.from_pretrained(source, **head.get("config", {}))
-        wanted = head.get("class") or (config.architectures or ["AutoModel"])[0]
-        kind = getattr(transformers, wanted, transformers.AutoModel)
-        model = kind.from_pretrained(source, config=config)
+    model = built(model_name, delta)
     delta.apply(model)
     model.save_pretrained(out)
     with contextlib.suppress(OSError, ValueError):  # a model without a tokenizer is whole too
-        transformers.AutoTokenizer.from_pretrained(source).save_pretrained(out)
+        transformers.AutoTokenizer.from_pretrained(located(model_name)).save_pretrained(out)
     return model
+
+
+def built(model_name: str, delta: Delta) -> Any:
+    """The base model, with a head for the delta's."""
+    import transformers
+
+    head, source = delta.info.get("head", {}), located(model_name)
+    with explained(source):
+        config = transformers.AutoConfig.from_pretrained(source, **head.get("config", {}))
+        wanted = head.get("class") or (config.architectures or ["AutoModel"])[0]
+        kind = getattr(transformers, wanted, transformers.AutoModel)
+        return kind.from_pretrained(source, config=config)
 
 
 def located(name: str) -> str:
@@ -126,7 +133,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
+def explained(source: str) -> Iterator[None]:
     """Loading errors as one sentence that says what to do."""
     from safetensors import SafetensorError
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from unmask import methods
-from unmask.methods import Budget
 from unmask.recipes.tasks import Task
+
+Budget = int | float  # scalars, or a share of the eligible ones
 
 BUDGET = 38_000  # 0.17 % of the embedded model, the share of the paper's 320K of 184M
 
@@ -25,8 +26,9 @@ FULL_LEARNING_RATE = 5e-5
 def budget(method: str) -> Budget:
     """All that is eligible where the method says so by itself (bitfit, full)."""
     build = getattr(methods, method, None) if method in methods.__all__ else None
-    own = inspect.signature(build).parameters["budget"].default if build else BUDGET
-    return BUDGET if own is inspect.Parameter.empty else own
+    own: Any = inspect.signature(build).parameters["budget"].default if build else BUDGET
+    chosen: Budget = BUDGET if own is inspect.Parameter.empty else own
+    return chosen
 
 
 def learning_rate(method: str) -> float:

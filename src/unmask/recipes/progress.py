@@ -24,6 +24,7 @@ class ProgressBar(TrainerCallback):
     def __init__(self, tuner: Tuner, console: Console) -> None:
         self.tuner, self.console = tuner, console
         self.loss = "-"
+        self.due = 0
         self.bar: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -47,19 +48,23 @@ class ProgressBar(TrainerCallback):
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Remember the newest loss."""
-        if logs and "loss" in logs:
-            self.loss = f"{logs['loss']:.3f}"
+        """Remember the newest loss; without a terminal, say where the run stands."""
+        if not logs or "loss" not in logs:
+            return
+        self.loss = f"{logs['loss']:.3f}"
+        if self.bar is None and state.global_step >= self.due:
+            self.due = state.global_step + max(1, state.max_steps // 10)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  loss {self.loss}  "
+                f"unmasked {self.tuner.active:,}",
+                highlight=False,
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move on by a step."""
-        active = f"{self.tuner.active:,}"
         if self.bar is not None:
+            active = f"{self.tuner.active:,}"
             self.bar.update(self.row, completed=state.global_step, loss=self.loss, active=active)
-        elif state.global_step % max(1, state.max_steps // 10) == 0:
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  loss {self.loss}  unmasked {active}"
-            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the finished bar standing."""

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 import unmask
-from unmask import Delta, UnmaskError, attach
+from unmask import Delta, Method, UnmaskError, attach
 from unmask.delta import fingerprint
 from unmask.integrations.transformers import UnmaskCallback
-from unmask.methods import Method
 from unmask.recipes import choose, models, presets
 from unmask.recipes.config import RunConfig
 from unmask.recipes.data import Data
@@ -36,7 +36,7 @@ class Session:
         self.task = source.task
         self.arguments = arguments(config, source, folder)
         self.loaded = models.load(config.model, self.task, config.seed)
-        model = self.loaded.model
+        model = self.loaded.model.to(self.arguments.device)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.seconds = 0.0  # of training, in all the run's processes
@@ -57,6 +57,7 @@ class Session:
             include=head if self.head_only else config.include,
             exclude=config.exclude,
             train_fully=() if self.head_only else head,
+            calibration=self._batches(),
         )
         kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(self.arguments)
         options |= {"lr": config.lr, "weight_decay": self.arguments.weight_decay}
@@ -71,7 +72,6 @@ class Session:
         self.trainer = self._trainer(optimizers=(self.optimizer, None), callbacks=callbacks)
         if self.checkpoint is None:
             self.before = self.measure()[0]
-            recorder.history.clear()
         else:
             done = RunFolder(Path(self.checkpoint)).read(PROGRESS)
             self.before, self.seconds = done["before"], done["train_seconds"]
@@ -92,8 +92,11 @@ class Session:
         """The task's metric on its first validation part, and on each by name."""
         if not hasattr(self, "trainer"):
             self.trainer = self._trainer()
-        key = f"eval_{self.task.metric}"
-        values = {part: self.trainer.evaluate(rows)[key] for part, rows in self._encoded.items()}
+        values = {}
+        for part, rows in self._encoded.items():
+            # Not evaluate(), which would answer the trainer's own call for it, due at this step.
+            found = self.trainer.predict(rows).metrics or {}
+            values[part] = float(found[f"test_{self.task.metric}"])
         return next(iter(values.values())), values
 
     def keep(self, path: Path) -> Delta:
@@ -189,8 +192,16 @@ class Session:
             **options,
         )
 
+    def _batches(self) -> DataLoader[Any]:
+        """The training rows in their own order, for methods that look at data before training."""
+        return DataLoader(
+            models.encode(self.loaded, self.task, self.source.train),  # type: ignore[arg-type]
+            batch_size=self.config.batch_size,
+            collate_fn=transformers.DataCollatorWithPadding(self.loaded.tokenizer),
+        )
+
     @cached_property
-    def _encoded(self) -> dict[str, list[dict[str, Any]]]:
+    def _encoded(self) -> dict[str, Any]:
         """The validation parts, short rows first: less padding, the same metric."""
         parts = self.source.validation.items()
         encoded = {part: models.encode(self.loaded, self.task, rows) for part, rows in parts}
@@ -203,6 +214,8 @@ class Session:
 def arguments(config: RunConfig, source: Data, folder: RunFolder) -> transformers.TrainingArguments:
     """The trainer's arguments: ours, then what the user set."""
     task = source.task
+    # Said outright, else the arguments refuse bf16 on a machine without an accelerator.
+    defaults = presets.training(task) | {"use_cpu": not torch.accelerator.is_available()}
     try:
         return transformers.TrainingArguments(
             output_dir=str(folder.path),
@@ -212,7 +225,7 @@ def arguments(config: RunConfig, source: Data, folder: RunFolder) -> transformer
             seed=config.seed,
             disable_tqdm=True,
             log_level="error",
-            **config.training(presets.training(task)),
+            **config.training(defaults),
         )
     except (ValueError, TypeError) as problem:
         if isinstance(problem, UnmaskError):

@@ -55,7 +55,7 @@ class RunTrainer(transformers.Trainer):
                 part.rename(staging / part.name)
             inner.rmdir()
             if self.state.best_global_step == self.state.global_step:
-                before = str(final)
+                before = str(final.resolve())
             self.state.best_model_checkpoint = before
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
             write_json(staging / PROGRESS, self.progress())
@@ -79,11 +79,10 @@ class RunTrainer(transformers.Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
         return SequentialSampler(eval_dataset)
 
-    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """The metrics of a validation part; the run's random state stays as it was."""
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Measure; the run's random state stays as it was."""
         with random_state_kept():
-            metrics: dict[str, float] = super().evaluate(*args, **options)
-        return metrics
+            return super().evaluation_loop(*args, **options)
 
 
 class LengthGrouped(Sampler[int]):

@@ -1,0 +1,200 @@
+"""A whole training step, forward, backward and update, and the memory it takes.
+
+Each way to train has a process of its own; they take their steps in turn, so that whatever else the
+machine does hits all of them. ID3 is met in the middle of its run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import common
+
+BUDGET, STEPS = 320_000, 1000
+MODES = {
+    "bare": "forward + backward alone",
+    "full": "full fine-tuning, AdamW",
+    "dense": "unmask ID3, dense",
+    "streaming": "unmask ID3, streaming",
+    "lora": "PEFT LoRA r=8, all linear",
+    "shira": "PEFT SHiRA r=2, all linear",
+    "super": "PEFT Super-Tuning, all linear",
+}
+
+
+def prepare(mode: str, model: Any, budget: int = BUDGET) -> tuple[Any, Callable[[], object]]:
+    """The model to train, and what follows its backward."""
+    if mode in ("dense", "streaming"):
+        import unmask
+        from benchmarks.step import From
+
+        method = unmask.id3(budget=budget, schedule=From(STEPS // 2))
+        tuner = unmask.attach(model, method, steps=STEPS, train_fully="classifier*", gradients=mode)
+        optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-4)
+    elif mode in ("lora", "shira", "super"):
+        model = peft_model(mode, model, budget)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    elif mode == "full":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    else:
+        return model, lambda: model.zero_grad()
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, update
+
+
+def peft_model(mode: str, model: Any, budget: int) -> Any:
+    """PEFT's tuners on every linear layer, the sparse ones with about as many scalars as ours."""
+    import peft
+
+    where: dict[str, Any] = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    if mode == "lora":
+        return peft.get_peft_model(model, peft.LoraConfig(r=8, **where))
+    if mode == "shira":
+        return peft.get_peft_model(model, peft.ShiraConfig(r=2, random_seed=0, **where))
+    linear = sum(
+        m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)
+    )
+    sparsity = max(0.0, 1 - budget / linear)
+    where["modules_to_save"] = ["classifier"]
+    return peft.get_peft_model(model, peft.SupertuningConfig(sparsity=sparsity, **where))
+
+
+def work(options: argparse.Namespace) -> None:
+    """A process of its own: a step for every line on standard input, a line of JSON for each."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    # Once in small, so that what libraries load and compile counts as theirs.
+    small = argparse.Namespace(shape="tiny", batch=2, length=8, budget=1000)
+    for _ in train(options.worker, small, steps=2):
+        pass
+    before = common.memory_now()
+    run = train(options.worker, options)
+    next(run)
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(next(run) | {"bytes": common.peak_memory() - before}), flush=True)
+
+
+def train(mode: str, size: argparse.Namespace, steps: int = STEPS) -> Iterator[dict[str, float]]:
+    """Nothing once all is built, then what each step took."""
+    model = common.bert(size.shape)
+    batch = common.batch(model, size.batch, size.length)
+    model, update = prepare(mode, model, size.budget)
+    model.train()
+    yield {}
+    for _ in range(steps):
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        middle = time.perf_counter()
+        update()
+        end = time.perf_counter()
+        yield {"seconds": end - start, "update": end - middle}
+
+
+class Worker:
+    """The other end of `work`."""
+
+    def __init__(self, mode: str, options: argparse.Namespace) -> None:
+        size = {n: getattr(options, n) for n in ("shape", "batch", "length", "budget")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.training", "--worker", mode]
+            + [f"--{name}={value}" for name, value in size.items()],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=common.ROOT,
+        )  # fmt: skip
+
+    def step(self, ask: bool = True) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        if ask:
+            print("step", file=self.process.stdin, flush=True)
+        return dict(json.loads(self.process.stdout.readline()))
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Local:
+    """As a Worker, in this process: where starting others would take longer than their steps."""
+
+    def __init__(self, mode: str, options: argparse.Namespace) -> None:
+        self.run = train(mode, options)
+
+    def step(self, ask: bool = True) -> dict[str, Any]:
+        return next(self.run) | ({"bytes": 1} if ask else {})
+
+    def end(self) -> None:
+        self.run.close()
+
+
+def main(given: list[str] | None = None) -> dict[str, Any]:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--worker", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--shape", choices=common.SHAPES, default="110M")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--budget", type=int, default=BUDGET)
+    options = parser.parse_args(given)
+    if options.worker:
+        work(options)
+        return {}
+    if options.smoke:
+        options.shape, options.batch, options.length, options.budget = "tiny", 2, 8, 1000
+    workers: dict[str, Worker | Local] = {}
+    for mode in MODES:
+        own = mode == "streaming" or not options.smoke
+        workers[mode] = Worker(mode, options) if own else Local(mode, options)
+        workers[mode].step(ask=False)  # built
+    rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+    for turn in range(1 + options.repeats):
+        for mode, worker in workers.items():
+            found = worker.step()
+            if turn:
+                rounds[mode].append(found)
+        common.say(f"round {turn} of {options.repeats}")
+    for worker in workers.values():
+        worker.end()
+    times = {mode: [f["seconds"] for f in found] for mode, found in rounds.items()}
+    updates = {mode: common.median([f["update"] for f in found]) for mode, found in rounds.items()}
+    memory = {mode: found[-1]["bytes"] for mode, found in rounds.items()}
+    rows = [
+        [
+            said,
+            f"{common.ratio(times, mode, 'bare'):.3f}",
+            f"{common.ratio(times, mode, 'full'):.3f}",
+            f"{1000 * updates[mode]:.0f}",
+            f"{memory[mode] / 1e6:,.0f}",
+            f"{memory[mode] / memory['full']:.2f}",
+        ]
+        for mode, said in MODES.items()
+    ]
+    size = f"{options.batch} x {options.length} tokens, {options.shape} parameters"
+    tables = [
+        common.table(
+            f"A training step ({size}): time, and peak resident memory beyond the libraries'",
+            ["", "time / bare", "time / full", "after backward, ms", "peak, MB", "peak / full"],
+            rows,
+        )
+    ]
+    data = {"times": times, "updates": updates, "memory": memory, "size": size}
+    return common.finish("training", options, tables, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The training of one sparse adapter inside PEFT, by a loop and an optimiser that don't know of it.
+
+Only the vector requires a gradient for all to see. The weights that it is chosen from require one
+during a forward pass, so that they are part of the graph, and during backward, so that their
+gradients arrive, are consumed, and are gone: no one ever finds a `.grad` in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from unmask.eligible import Eligible
+from unmask.tuner import Tuner, Values
+
+
+class Run:
+    """A tuner whose vector is an adapter's, and whose optimiser is anyone's."""
+
+    def __init__(
+        self,
+        name: str,
+        root: nn.Module,
+        config: Any,
+        eligible: Eligible,
+        vector: Values,
+        batches: Iterable[Any] | None,
+        steps: int | None,
+    ) -> None:
+        self.name, self.eligible, self.streaming = name, eligible, config.gradients == "streaming"
+        self._open = False  # whether a backward pass is under way
+        self.require(True)  # as hooks ask
+        try:
+            self.tuner = Tuner(
+                root, config.build(), steps, eligible, {}, batches, "streaming", None, values=vector
+            )
+            for tensor in eligible.tensors:
+                self.tuner.on_detach(tensor.register_hook(self._arriving).remove)
+        finally:
+            self.require(False)
+
+    def enter(self) -> None:
+        """A forward pass begins, of which there will be a backward pass."""
+        self.tuner.last_pass(self.streaming and _last())
+        self.require(True)
+
+    def leave(self, output: Any) -> None:
+        """It has ended."""
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._arriving)
+        self.require(False)
+
+    def require(self, flag: bool) -> None:
+        """Whether the weights require a gradient."""
+        for tensor in self.eligible.tensors:
+            tensor.requires_grad_(flag)
+
+    def _arriving(self, _: Tensor) -> None:
+        """A gradient is on its way to the weights, or to one of them."""
+        if not self._open:
+            self._open = True
+            self.require(True)
+            Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self._open = False
+        self.require(False)
+
+    def take_up(self, slots: Mapping[str, Tensor], progress: Tensor) -> None:
+        """Go on where a run stood that left these."""
+        step, updates, handed_out = progress.tolist()
+        state = {**self.tuner.state_dict(), "step": step, "updates": updates}
+        state["slots"] = {**slots, "handed_out": torch.tensor(handed_out)}
+        self.tuner.load_state_dict(state)
+
+    def progress(self) -> Tensor:
+        """How far it has come."""
+        handed_out = self.tuner.slots.handed_out
+        return torch.tensor([self.tuner.step, self.tuner.updates, handed_out])
+
+
+def _last() -> bool:
+    """Whether accelerate, if it runs the loop, says that the pass under way ends a step."""
+    try:
+        from accelerate.state import GradientState
+    except ImportError:
+        return False
+    if not GradientState._shared_state:
+        return False
+    state = GradientState()
+    return bool(state.in_dataloader and state.sync_gradients)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in whatever a forward returns."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from _tensors(part)
+    elif is_dataclass(output):
+        yield from _tensors(list(vars(output).values()))
