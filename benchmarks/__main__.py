@@ -34,11 +34,11 @@ IMAGES = common.ROOT / "docs" / "images" / "performance"
 BUSY = 1.5  # load before a run from which on others are at work as well
 
 
-def run(what: str, smoke: bool, path: Path) -> bool:
+def run(what: str, given: Sequence[str], path: Path) -> bool:
     """Whether the script ran to its end; its result is then in `path`."""
     command = [sys.executable, "-m", f"benchmarks.{what}", "--json", str(path)]
     done = subprocess.run(
-        [*command, *(["--smoke", "--repeats", "2"] if smoke else [])],
+        [*command, *given],
         cwd=common.ROOT,
         env={**os.environ, "PYTHONPATH": _search_path(), "PYTHONWARNINGS": "ignore"},
         check=False,
@@ -87,22 +87,26 @@ def main(given: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(SCRIPTS)}")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--repeats", type=int, help="rounds; claims take 5 or more")
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(given)
     if unknown := set(options.what) - set(SCRIPTS):
         parser.error(f"no benchmark is called {min(unknown)!r}; there are {', '.join(SCRIPTS)}")
+    repeats = options.repeats or (2 if options.smoke else None)
+    given_on = ["--smoke"] if options.smoke else []
+    given_on += [] if repeats is None else ["--repeats", str(repeats)]
     failed = []
     wanted = [] if options.render else [s for s in SCRIPTS if s in (options.what or SCRIPTS)]
-    began = time.monotonic()
+    began, load = time.monotonic(), os.getloadavg()[0]  # later on the load is our own
+    if wanted and load > BUSY:
+        common.say(f"the load is {load:.1f}: others are at work, so this is an orientation only")
     for i, what in enumerate(wanted, 1):
-        load = os.getloadavg()[0]
-        busy = f"; the load is {load:.1f}, others are at work" if i == 1 and load > BUSY else ""
-        common.say(f"[{i}/{len(wanted)}] {what}, after {time.monotonic() - began:.0f} s{busy}")
+        common.say(f"[{i}/{len(wanted)}] {what}, after {time.monotonic() - began:.0f} s")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "result.json"
-            if not run(what, options.smoke, path):
+            if not run(what, given_on, path):
                 failed.append(what)
             elif not options.smoke:
                 common.say(f"kept in {keep(path, load, options.results)}")

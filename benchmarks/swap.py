@@ -83,9 +83,8 @@ def ours(folder: Path, smoke: bool) -> tuple[dict[str, Swap], dict[str, int]]:
     whole = folder / "whole.safetensors"
     safetensors.torch.save_file(model.state_dict(), whole)
     sizes["whole model"] = whole.stat().st_size
-    other = deberta(smoke)
     actions["whole model: load"] = (
-        lambda: other.load_state_dict(safetensors.torch.load_file(whole)),
+        lambda: model.load_state_dict(safetensors.torch.load_file(whole)),
         lambda: None,
     )
     return actions, sizes

@@ -19,9 +19,12 @@ def on_page_content(content, page, **_):
 
     def mathml(found, display):
         formula = html.unescape(found[1]).strip()
-        converted = convert(formula, display=display)
+        try:
+            converted = convert(formula, display=display)
+        except Exception as problem:
+            raise PluginError(f"{page.file.src_path}: {problem!r} in {formula!r}") from problem
         if "\\" in converted:
-            raise PluginError(f"{page.file.src_path}: can't typeset {formula!r}")
+            raise PluginError(f"{page.file.src_path}: unknown command in {formula!r}")
         return converted
 
     content = INLINE.sub(lambda found: mathml(found, "inline"), content)

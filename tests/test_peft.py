@@ -778,6 +778,7 @@ def test_push_to_hub(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             (tmp_path / "hub").mkdir(exist_ok=True)
             shutil.copy(operation.path_or_fileobj, tmp_path / "hub" / operation.path_in_repo)
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no card up there
     monkeypatch.setattr(HfApi, "create_repo", create)
     monkeypatch.setattr(HfApi, "create_commit", upload)
     model, _, expected = trained

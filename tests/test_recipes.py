@@ -160,7 +160,7 @@ def test_a_killed_process_leaves_whole_checkpoints_to_go_on_from(
         [sys.executable, "-c", code, json.dumps(asked.to_dict()), str(killed)], env=environment
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # importing transformers on a busy machine
         while not (killed / "checkpoint-6").exists() and time.monotonic() < deadline:
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.005)

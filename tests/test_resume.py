@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -154,6 +155,19 @@ def test_detach_after_resume_restores_the_base() -> None:
     whole = Run(CONV, train_fully=HEAD).train(0, 7)
     delta.apply(run.model)
     assert_same_state(snapshot(run.model), snapshot(whole.model))
+
+
+def test_a_model_that_holds_the_checkpoint_already() -> None:
+    """As after `from_pretrained(checkpoint)`: training goes on, and the base is still known."""
+    base = snapshot(CONV.build())
+    whole = Run(CONV, train_fully=HEAD).train(0, 7)
+    at_three = Run(CONV, train_fully=HEAD).train(0, 3)
+    model = CONV.build()
+    model.load_state_dict(at_three.model.state_dict())
+    run = Run(replace(CONV, make=lambda: model), train_fully=HEAD).load(at_three.save())
+    run.train(3, 4).assert_equal(whole)
+    run.tuner.detach()
+    assert_same_state(snapshot(model), base)
 
 
 def test_a_state_is_a_snapshot() -> None:

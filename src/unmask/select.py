@@ -18,7 +18,8 @@ from unmask.heuristics import Heuristic, Scalars
 from unmask.kernels import compiled_for
 
 RUN = 1 << 20  # scalars scored at once in plain torch
-FEW = 1 << 16  # scalars swept first; candidates held before they are thinned out, at the least
+FEW = 1 << 16  # scalars swept first; candidates that one thread may hold, at the least
+MOST = 1 << 24  # scalars swept before the threshold is raised again, at the most
 MANY = 1 << 20  # candidates held by one thread of a sweep, at the most
 
 
@@ -104,15 +105,16 @@ class TopK:
                     raise NonFinite(pieces[bad].name)
                 for index, theta, grad in found:
                     self._keep(Scalars(theta, grad, "", 0, index), index, grad)
-                self._thin(max(2 * self.count, FEW))
+                self._thin(2 * self.count)
                 ranges += left
-            start, size = start + size, 4 * size
+            start, size = start + size, min(4 * size, MOST)
 
     def _walk(self, piece: Piece) -> None:
         """Score a tensor whole, a run of it at a time."""
         given = self.heuristic.uses_gradient and piece.grad is not None
         if piece.into is not None and piece.grad is not None:
-            piece.into.add_(piece.grad[piece.taken - piece.offset].to(piece.into.device))
+            more = piece.grad[piece.taken - piece.offset].to(piece.into.device)
+            piece.into.copy_((piece.into + more).to(more.dtype))
         for start in range(0, len(piece.theta), RUN):
             flat = range(start, min(start + RUN, len(piece.theta)))
             run = slice(flat.start, flat.stop)
@@ -127,7 +129,7 @@ class TopK:
             low, high = torch.searchsorted(piece.taken, bounds).tolist()
             free[piece.taken[low:high] - (piece.offset + flat.start)] = False
             self._keep(scalars, scalars.index, grad, free)
-            self._thin(max(2 * self.count, FEW))
+            self._thin(2 * self.count)
 
     def _keep(
         self, scalars: Scalars, index: Tensor, grad: Tensor, free: Tensor | None = None

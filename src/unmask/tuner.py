@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -184,8 +185,7 @@ class Tuner:
         Tensors and plain numbers only, so `torch.load(weights_only=True)` reads it.
         """
         return {
-            "scalars": self.eligible.total,
-            "budget": self.budget,
+            **self._identity(),
             "steps": self.steps,
             "step": self.step,
             "updates": self.updates,
@@ -202,8 +202,8 @@ class Tuner:
         The model may be a fresh copy of the base or hold the checkpoint's weights already; any
         other is refused, with nothing changed.
         """
-        counts = {"scalars": self.eligible.total, "budget": self.budget}
-        _check_state(state, counts, self._whole())
+        steps = {} if self._steps is None else {"steps": self._steps}
+        _check_state(state, {**self._identity(), **steps}, self._whole())
         drawn = _copies(self._random)  # here; the base that the state is of drew otherwise
         _copy(self._random, {name: state["whole_base"][name] for name in drawn})
         try:
@@ -374,6 +374,11 @@ class Tuner:
         self.slots.write(*self.slots.touched())
         _copy(self._whole(), self._whole_base)
 
+    def _identity(self) -> dict[str, Any]:
+        """What two runs must have in common for one to go on with the other's state."""
+        method = json.dumps(self.method.to_dict(), sort_keys=True)
+        return {"scalars": self.eligible.total, "budget": self.budget, "method": method}
+
     def _whole(self) -> dict[str, Tensor]:
         """What is kept whole: full parameters, what was drawn at random, and statistics."""
         return {**self.full, **self._random, **_statistics(self.model)}
@@ -390,24 +395,24 @@ def _narrowed(eligible: Eligible, chosen: Eligible, method: Method) -> Eligible:
 
 
 def _check_state(
-    state: Mapping[str, Any], counts: Mapping[str, int], whole: Mapping[str, Tensor]
+    state: Mapping[str, Any], same: Mapping[str, Any], whole: Mapping[str, Tensor]
 ) -> None:
     """Refuse what isn't a tuner's state, or is one of another method or model."""
-    keys = {*counts, "steps", "step", "updates", "slots", "seen", "heard", "whole", "whole_base"}
+    keys = {*same, "steps", "step", "updates", "slots", "seen", "heard", "whole", "whole_base"}
     if missing := keys - state.keys():
         raise UnmaskError(
             f"this is no state of a tuner, {', '.join(sorted(missing))} missing; "
             "give what tuner.state_dict() returned"
         )
-    for key, count in counts.items():
-        if state[key] != count:
+    for key, ours in same.items():
+        if state[key] != ours:
             raise UnmaskError(
-                f"the state is of a run with {key}={state[key]:,}, this one has {count:,}; "
-                "attach() with the same method, include= and exclude="
+                f"the state is of a run with {key}={state[key]}, this one has {ours}; "
+                "attach() with the same method, steps=, include= and exclude="
             )
-    theirs, ours = ({n: (t.shape, t.dtype) for n, t in d.items()} for d in (state["whole"], whole))
-    if theirs != ours:
-        odd = ", ".join(sorted(theirs.keys() ^ ours.keys())) or "shapes or dtypes"
+    theirs, mine = ({n: (t.shape, t.dtype) for n, t in d.items()} for d in (state["whole"], whole))
+    if theirs != mine:
+        odd = ", ".join(sorted(theirs.keys() ^ mine.keys())) or "shapes or dtypes"
         raise UnmaskError(
             f"the state and this run differ in what is kept whole ({odd}); "
             "attach() to the same model with the same train_fully="

@@ -125,8 +125,8 @@ class Storage(nn.Module):
         small = self.eligible[name].total <= torch.iinfo(torch.int32).max
         index = index.to(self.device(name), torch.int32 if small else torch.int64, copy=True)
         index.taken = True  # type: ignore[attr-defined]  # see `loaded`
-        self.unmask_indices[name], self.base[name] = index, base.to(index.device)
-        self.unmask_retired[name] = retired.to(index.device)
+        self.unmask_indices[name], self.base[name] = index, base.to(index.device, copy=True)
+        self.unmask_retired[name] = retired.to(index.device, copy=True)  # no view of more
         self.unmask_progress[name] = progress
         self.configs[name].retired = len(retired)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 INFINITE = 0x7F800000  # b(inf): a float32 is finite exactly if its magnitude's bits are below
 MAGNITUDE = np.int32(0x7FFFFFFF)
 BLOCK = 2048  # scalars bounded at once: 8 KiB of gradient, well inside the first cache
+FEW = 64  # scalars of a block with candidates that are looked at together
 SHARE = 1 << 15  # least scalars for which a second thread is worth waking
 LOG_SLACK = 0.0861  # the most that L(x) lies below log2(x)
 LOG_ROUNDING = 1e-4  # float32 rounding of the keys, per unit of (1 + |exp|), with room to spare
@@ -250,6 +251,24 @@ def _read(address, half, i):  # type: ignore[no-untyped-def]
 
 
 @_compile
+def _round(bits):  # type: ignore[no-untyped-def]
+    """The bits of the bfloat16 nearest to a float32, ties to even, as torch rounds."""
+    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(INFINITE):
+        return np.uint16(0x7FC0)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@_compile
+def _sum(total, bits, half):  # type: ignore[no-untyped-def]
+    """Add a number in its own precision, as autograd adds up gradients."""
+    exact = total + _as_float(bits)
+    if not half:
+        return exact
+    return _as_float(np.int32(_round(np.uint32(_as_bits(exact)))) << np.int32(16))
+
+
+@_compile
 def _sweep(  # type: ignore[no-untyped-def]
     starts, offsets, g_at, g_half, t_at, t_half, taken_at, taken_len, into_at,
     start, stop, exp, eps, low, cut, out_index, out_theta, out_grad,
@@ -285,6 +304,14 @@ def _sweep(  # type: ignore[no-untyped-def]
                         return count, at, -1
                     u = t
                     for i in range(n):
+                        # Hits are rare: look at a few at a time, then at each.
+                        if i % FEW == 0:
+                            some = min(FEW, n - i)
+                            near = bits[i : i + some]
+                            place = here + i
+                            hits = _hits(near, t_at[k], t_half[k], place, some, exp, eps, cut)
+                        if hits == 0:
+                            continue
                         theta = _read(t_at[k], t_half[k], here + i)
                         base = _as_float(theta & MAGNITUDE) + eps
                         key = np.float32(bits[i]) - exp * np.float32(_as_bits(base))
@@ -301,7 +328,7 @@ def _sweep(  # type: ignore[no-untyped-def]
             while t < taken.size and taken[t] < at + shift:
                 if fill:
                     place = taken[t] - offsets[k]
-                    into[t] += _as_float(_read(g_at[k], g_half[k], place))
+                    into[t] = _sum(into[t], _read(g_at[k], g_half[k], place), g_half[k])
                 t += 1
     return count, at, -1
 
@@ -311,8 +338,8 @@ def _gather(runs, address, half, index, first, last, out, add):  # type: ignore[
     for k in range(len(runs)):
         offset, start, stop = runs[k]
         for i in range(max(start, first), min(stop, last)):
-            number = _as_float(_read(address[k], half[k], index[i] - offset))
-            out[i] = out[i] + number if add else number
+            bits = _read(address[k], half[k], index[i] - offset)
+            out[i] = _sum(out[i], bits, half[k]) if add else _as_float(bits)
 
 
 @_compile
@@ -325,9 +352,4 @@ def _scatter(runs, address, half, index, first, last, values, where, jump):  # t
             if not half[k]:
                 carray(_pointer(address[k]), (flat + 1,), dtype=np.uint32)[flat] = bits
                 continue
-            if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(INFINITE):
-                rounded = np.uint32(0x7FC0)
-            else:  # to the nearest, ties to even
-                odd = (bits >> np.uint32(16)) & np.uint32(1)
-                rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-            carray(_pointer(address[k]), (flat + 1,), dtype=np.uint16)[flat] = np.uint16(rounded)
+            carray(_pointer(address[k]), (flat + 1,), dtype=np.uint16)[flat] = _round(bits)

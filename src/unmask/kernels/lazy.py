@@ -10,7 +10,7 @@ from types import ModuleType
 
 from unmask.errors import UnmaskWarning
 
-PATIENCE = 1_000_000  # scalars that plain code may work on before the compiler's start-up pays
+PATIENCE = 1_500_000  # scalars that plain code may work on before the compiler's start-up pays
 
 _worked = 0
 

@@ -22,8 +22,9 @@ def gather(runs: list[Run], index: Tensor, out: Tensor, add: bool) -> None:
             scalars = tensor.detach().view(-1).index_select(0, flat)
         else:
             scalars = tensor.detach()[torch.unravel_index(flat, tensor.shape)]
-        scalars = scalars.to(out.device, out.dtype)
-        out[start:stop] = out[start:stop] + scalars if add else scalars
+        if add:  # in the scalars' own precision, as autograd adds up gradients
+            scalars = (out[start:stop].to(scalars.device) + scalars).to(scalars.dtype)
+        out[start:stop] = scalars.to(out.device, out.dtype)
 
 
 def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None) -> None:
