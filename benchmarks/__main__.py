@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.plots import plots
 
-HELPERS = {"__init__", "__main__", "common", "plots"}
+HELPERS = {"__init__", "__main__", "common", "plots", "gpu"}  # gpu: run by itself, on one
 FIRST = ("step", "training", "sampled", "plan", "bytes", "swap")  # then others by name
 SCRIPTS = sorted(
     {path.stem for path in Path(__file__).parent.glob("*.py")} - HELPERS,

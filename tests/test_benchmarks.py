@@ -7,11 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
     {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    - {"__init__", "__main__", "common", "plots"}
+    - {"__init__", "__main__", "common", "plots", "gpu"}
 )
 MARKS = "<!-- results: {0} -->\n<!-- end -->"
 
@@ -67,3 +68,26 @@ def test_the_page_has_a_place_for_every_benchmark():
     for what in SCRIPTS:
         assert f"<!-- results: {what} -->" in page, what
     assert page.count("<!-- results:") == page.count("<!-- end -->")
+
+
+@pytest.mark.slow
+def test_the_one_for_gpus(tmp_path):
+    path = tmp_path / "result.json"
+    said = python("benchmarks.gpu", "--smoke", "--repeats", "1", "--json", path).stdout
+    result = json.loads(path.read_text())
+    assert (result["what"], result["smoke"]) == ("gpu", True)
+    assert result["data"]["training"]["active"] > 0
+    assert all(f"**{table['title']}**" in said for table in result["tables"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_the_one_for_gpus_without_one(tmp_path):
+    path = tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--json", path],
+        capture_output=True, text=True, cwd=ROOT, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "needs a GPU" in done.stderr
+    assert not path.exists()

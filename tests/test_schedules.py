@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -19,6 +20,11 @@ CLASSES = [
     for name in schedules.__all__
     if inspect.isclass(kind := getattr(schedules, name)) and not inspect.isabstract(kind)
 ]
+
+
+def named(schedule: unmask.Schedule) -> str:
+    """As str(), but the same in every process."""
+    return re.sub(r" at 0x\w+", "", str(schedule))
 
 
 def squared(share: float) -> float:
@@ -42,7 +48,7 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
 @given(budget=st.integers(1, 10**9), steps=st.integers(1, 5000), data=st.data())
 @example(budget=1, steps=1, data=None)
 def test_adds_up_exactly(
@@ -58,7 +64,7 @@ def test_adds_up_exactly(
         assert 0 <= before <= now <= budget
 
 
-@pytest.mark.parametrize("schedule", [*SCHEDULES, unmask.Custom(humped)], ids=str)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, unmask.Custom(humped)], ids=named)
 def test_quotas_add_up_through_increment(schedule: unmask.Schedule) -> None:
     for budget, steps in ((40, 14), (3, 50), (1000, 7)):
         active = 0
@@ -69,13 +75,13 @@ def test_quotas_add_up_through_increment(schedule: unmask.Schedule) -> None:
         assert active == budget
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
 def test_in_a_run(schedule: unmask.Schedule) -> None:
     run = Run(unmask.id3(budget=40, schedule=schedule)).train()
     assert run.tuner.active == 40
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
 def test_as_json(schedule: unmask.Schedule) -> None:
     method = unmask.id3(budget=9, schedule=schedule)
     assert unmask.Method.from_dict(method.to_dict()) == method

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError, UnmaskWarning
-from unmask.heuristics import Whole
-from unmask.kernels import Run, gather
+from unmask.heuristics import Heuristic, Whole
+from unmask.kernels import Run, gather, scatter
 from unmask.methods import Method
 from unmask.scopes import Selector
 from unmask.select import NonFinite, Piece, others
@@ -60,6 +60,7 @@ class Draft:
         self.change: Change | None = None
         self.best: Selector | None = None
         self._gathers = False  # whether the selector gathers as it goes
+        self._surveys = type(method.heuristic).survey is not Heuristic.survey
         self._taken = [False] * len(slots.eligible.names)
         self._keep(_kept(slots, method, quota.drop))
         masked = slots.eligible.total - len(self.kept)
@@ -117,7 +118,8 @@ class Draft:
 
     def finish(self, out: Tensor) -> Change | None:
         """The new table, if the choice changes; into `out`, the gradient of `values` under it."""
-        if not torch.isfinite(self.gradient).all():
+        # A finite sum tells as much in one pass and without a copy.
+        if not (torch.isfinite(self.gradient.sum()) or torch.isfinite(self.gradient).all()):
             raise NonFinite("the unmasked scalars")
         out.zero_()
         missing = [k for k, taken in enumerate(self._taken) if not taken]
@@ -130,7 +132,8 @@ class Draft:
             change = self._enter(chosen)
             out[change.at(chosen)] = gradient.to(out.dtype)
         if not self.quota.drop and self.kept is self.slots.index:
-            out[self.slots.position] = self.gradient  # positions stay when others enter
+            run = Run(out, 0, 0, len(self.kept))
+            scatter([run], self.slots.position, self.gradient)  # positions stay when others enter
         elif self.change is not None:
             out[self.change.at(self.kept)] = self.gradient
         return self.change
@@ -161,7 +164,8 @@ class Draft:
         theta = eligible.tensors[k].detach().reshape(-1)
         grad = None if gradient is None else gradient.detach().reshape(-1)
         seen = self.notes[k] if k in self.notes else self.seen.get(k)
-        seen = self.method.heuristic.survey(seen, self._whole(k, gradient))
+        if self._surveys:
+            seen = self.method.heuristic.survey(seen, self._whole(k, gradient))
         seen = None if seen is None else seen.reshape(-1)
         start, stop = self.runs.get(k, (0, 0))
         taken = self.kept[start:stop].to(theta.device)

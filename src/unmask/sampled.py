@@ -105,7 +105,7 @@ class Sampler:
             eligible, table = self._slots.eligible, {}
             for k, start, stop in eligible.split(index):
                 tensor = eligible.tensors[k]
-                flat = (index[start:stop] - eligible.offsets[k]).to(tensor.device)
+                flat = (index[start:stop] - eligible.offsets[k]).to(tensor.device, torch.int64)
                 table[k] = At(flat, tensor.shape)
             self._table = (index, table)
         return self._table[1]

@@ -8,7 +8,7 @@ order, then flat index), whatever order tensors come in and however many threads
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,9 +18,8 @@ from unmask.heuristics import Heuristic, Scalars
 from unmask.kernels import compiled_for
 
 RUN = 1 << 20  # scalars scored at once in plain torch
-FEW = 1 << 16  # scalars swept first; candidates that one thread may hold, at the least
-MOST = 1 << 24  # scalars swept before the threshold is raised again, at the most
-MANY = 1 << 20  # candidates held by one thread of a sweep, at the most
+FEW = 1 << 16  # candidates that one thread of a sweep may hold, at the least
+MANY = 1 << 20  # and at the most
 
 
 class NonFinite(Exception):
@@ -69,8 +68,11 @@ class TopK:
                 swept.append(piece)
             elif law is None or piece.grad is not None or self._could_win(0.0, piece.offset):
                 self._walk(piece)
-        if law is not None and swept:
-            self._sweep(sorted(swept, key=lambda piece: piece.offset), law)
+        if law is None:
+            return
+        swept.sort(key=lambda piece: piece.offset)
+        for device in dict.fromkeys(piece.theta.device for piece in swept):
+            self._sweep([piece for piece in swept if piece.theta.device == device], law)
 
     def best(self) -> tuple[Tensor, Tensor]:
         """The chosen scalars' global indices, sorted, int64, and their gradients."""
@@ -90,24 +92,39 @@ class TopK:
         module = compiled_for(*thetas, *grads)
         assert module is not None
         sweep = module.Sweep(thetas, grads, offsets, taken, into, law)
-        # The first scalars raise the threshold for all others, so begin with few.
         capacity = max(FEW, min(2 * self.count, MANY))
-        start, size = 0, FEW
-        while start < sweep.total:
-            ranges = [(start, min(start + size, sweep.total))]
+        for every, but in self._rounds(sweep.total):
+            ranges = [(0, sweep.total)]
             while ranges:
                 first, last = ranges.pop()
                 threshold = self.threshold
                 if threshold == 0.0 and sweep.first(first) > self.last:
                     threshold = math.ulp(0.0)  # a later tie loses: only more than 0 will do
-                found, left, bad = sweep.run(first, last, threshold, capacity)
+                found, left, bad = sweep.run(first, last, threshold, capacity, every, but)
                 if bad >= 0:
                     raise NonFinite(pieces[bad].name)
                 for index, theta, grad in found:
                     self._keep(Scalars(theta, grad, "", 0, index), index, grad)
                 self._thin(2 * self.count)
                 ranges += left
-            start, size = start + size, min(4 * size, MOST)
+
+    def _rounds(self, total: int) -> Iterator[tuple[int, int]]:
+        """(every, but) of each round of a sweep: blocks whose number is a multiple of `every` and
+        none of `but`.
+
+        Where there is no threshold yet, blocks from all over the model make one, so that few of the
+        others' scalars reach it, whatever the tensors' order.
+        """
+        every = 1
+        if self.threshold == -math.inf:
+            growth = 64 if self.count < FEW // 64 else 8
+            while total // (every * growth) >= max(FEW // 4, 4 * self.count):
+                every *= growth
+        but = 0
+        while every > 1:
+            yield every, but
+            every, but = every // growth, every
+        yield 1, but
 
     def _walk(self, piece: Piece) -> None:
         """Score a tensor whole, a run of it at a time."""
@@ -139,8 +156,9 @@ class TopK:
         keep = (score > self.threshold) | ((score == self.threshold) & (index < self.last))
         if free is not None:
             keep &= free
+        where = keep.nonzero().squeeze(1)
         grad = grad if grad.dtype == torch.float64 else grad.float()
-        self._found.append(tuple(x[keep].to(self.home) for x in (score, index, grad)))
+        self._found.append(tuple(x[where].to(self.home) for x in (score, index, grad)))
 
     def _could_win(self, score: float, index: int) -> bool:
         return score > self.threshold or (score == self.threshold and index < self.last)

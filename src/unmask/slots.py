@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError
-from unmask.kernels import Run, gather, scatter
+from unmask.kernels import Run, gather, merge, scatter
 
 TABLE = ("index", "position", "base", "retired", "retired_base")
 
@@ -54,14 +54,15 @@ class Change:
 
     def at(self, index: Tensor) -> Tensor:
         """The positions of these scalars, all in the table."""
-        return self.position[torch.searchsorted(self.index, index)]
+        return self.position[torch.searchsorted(self.index, index.to(self.index))]
 
 
 class Slots:
     """`values` of fixed length `budget`; its filled slots, their base values, and the retired.
 
-    index     sorted global indices of the current scalars, int64
-    position  their places in `values` and `base`, int64
+    index     sorted global indices of the current scalars, int32 if the model has no more than
+              that can count, or int64
+    position  their places in `values` and `base`, int32
     base      what the weights were before training, for every filled slot
     retired   sorted global indices of scalars that were trained once and aren't now, with
     retired_base  their base values, so that undoing everything stays exact
@@ -85,39 +86,43 @@ class Slots:
         with torch.no_grad():
             self.values.zero_()
         self.base = torch.zeros_like(self.values.data)
-        self.index = torch.empty(0, dtype=torch.int64, device=self.values.device)
-        self.position = self.index.clone()
+        small = self.eligible.total <= torch.iinfo(torch.int32).max
+        dtype = torch.int32 if small else torch.int64
+        self.index = torch.empty(0, dtype=dtype, device=self.values.device)
+        self.position = self.index.int()
         self.retired = self.index.clone()
         self.retired_base = self.base[:0].clone()
         self.handed_out = 0  # positions below it have held a scalar at some time
 
     def at(self, index: Tensor) -> Tensor:
         """The positions of these scalars, all of them current."""
-        return self.position[torch.searchsorted(self.index, index)]
+        return self.position[torch.searchsorted(self.index, index.to(self.index))]
 
     def extend(self, fresh: Tensor) -> Change:
         """The table with these scalars (sorted, none of them current) in the next free slots."""
+        fresh = fresh.to(self.index)
         entered = self._places(len(fresh), self.position)
-        index, position = _merge(self.index, fresh, self.position, entered)
+        index, position = merge(self.index, fresh, self.position, entered)
         return Change(index, position, fresh, entered, fresh[:0], fresh[:0])
 
     def replace(self, chosen: Tensor, rewind: bool = False) -> Change:
         """The table of exactly these scalars (sorted); those that stay keep their positions."""
+        chosen = chosen.to(self.index)
         stays = torch.isin(self.index, chosen, assume_unique=True)
         fresh = chosen[~torch.isin(chosen, self.index, assume_unique=True)]
         entered = self._places(len(fresh), self.position[stays])
-        index, position = _merge(self.index[stays], fresh, self.position[stays], entered)
+        index, position = merge(self.index[stays], fresh, self.position[stays], entered)
         left, vacated = self.index[~stays], self.position[~stays]
         return Change(index, position, fresh, entered, left, vacated, rewind)
 
     def _places(self, count: int, occupied: Tensor) -> Tensor:
         """That many free positions, vacated ones first."""
-        unused = torch.arange(self.handed_out, self.handed_out + count, device=occupied.device)
+        unused = torch.arange(self.handed_out, self.handed_out + count).to(occupied)
         if len(occupied) == self.handed_out:
             return unused
         vacant = torch.ones(self.handed_out, dtype=torch.bool, device=occupied.device)
         vacant[occupied] = False
-        return torch.cat([vacant.nonzero().squeeze(1), unused])[:count]
+        return torch.cat([vacant.nonzero().squeeze(1).to(unused), unused])[:count]
 
     def commit(self, change: Change) -> Tensor:
         """Put a change into force: read the weights of what enters; give what leaves its base value
@@ -128,7 +133,7 @@ class Slots:
         if change.rewind:
             self.write(change.left, self.base[change.vacated])
         elif len(change.left):
-            self.retired, self.retired_base = _merge(
+            self.retired, self.retired_base = merge(
                 self.retired, change.left, self.retired_base, self.base[change.vacated]
             )
         if len(change.fresh):
@@ -151,7 +156,7 @@ class Slots:
 
     def touched(self) -> tuple[Tensor, Tensor]:
         """(sorted global indices, base values) of every scalar ever trained."""
-        return _merge(self.index, self.retired, self.base[self.position], self.retired_base)
+        return merge(self.index, self.retired, self.base[self.position], self.retired_base)
 
     def read(self, index: Tensor) -> Tensor:
         """The weights at sorted global indices, in the dtype of `values`."""
@@ -193,11 +198,11 @@ class Slots:
         """
         other = Slots(self.eligible, len(self.values))
         for name in TABLE:
-            setattr(other, name, state[name].to(self.index.device, copy=True))
+            setattr(other, name, state[name].to(getattr(self, name), copy=True))
         index, base = other.touched()
         found = self.original(index)
         values, retired = (state[n].to(base.device) for n in ("values", "retired_values"))
-        _, now = _merge(other.index, other.retired, values[other.position], retired)
+        _, now = merge(other.index, other.retired, values[other.position], retired)
         if not bool(((found == base) | (found == self._rounded(index, now))).all()):
             raise UnmaskError(
                 "the state is of a run on another base: the model's weights at the unmasked "
@@ -226,16 +231,3 @@ class Slots:
     def write_back(self) -> None:
         """Put the current values into the model's own weights."""
         self.write(self.index, self.values, self.position)
-
-
-def _merge(
-    index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Two sorted runs without a common entry as one, with what belongs to each entry: O(both)."""
-    place = torch.searchsorted(index, more) + torch.arange(len(more), device=more.device)
-    old = torch.ones(len(index) + len(more), dtype=torch.bool, device=index.device)
-    old[place] = False
-    merged, merged_belongs = index.new_empty(len(old)), belongs.new_empty(len(old))
-    merged[place], merged_belongs[place] = more, more_belongs
-    merged[old], merged_belongs[old] = index, belongs
-    return merged, merged_belongs

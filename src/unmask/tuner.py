@@ -156,7 +156,7 @@ class Tuner:
         """Parameter name -> sorted flat indices (int64) unmasked so far; only names with any."""
         index, _ = self.slots.touched()
         return {
-            self.eligible.names[k]: index[start:stop] - self.eligible.offsets[k]
+            self.eligible.names[k]: index[start:stop].long() - self.eligible.offsets[k]
             for k, start, stop in self.eligible.split(index)
         }
 
@@ -236,7 +236,8 @@ class Tuner:
             name, tensor = self.eligible.names[k], self.eligible.tensors[k]
             if name in self._random:
                 continue
-            flat, shape = index[start:stop] - self.eligible.offsets[k], tuple(tensor.shape)
+            flat = index[start:stop].long() - self.eligible.offsets[k]
+            shape = tuple(tensor.shape)
             sparse[name] = Sparse(shape, flat, now[start:stop].to(tensor.dtype))
             before[name] = Sparse(shape, flat, base[start:stop].to(tensor.dtype))
         return Delta(

@@ -111,7 +111,7 @@ class _UnitSelector:
     def _look(self, piece: Piece) -> None:
         tensor = self._eligible.tensors[self._eligible.owner(piece.offset)]
         first, number = self._cut.firsts(tensor), self._cut.numbers(tensor)
-        taken = piece.taken - piece.offset
+        taken = piece.taken.long() - piece.offset
         score = self._scores(piece)
         size = torch.bincount(number, minlength=len(first))
         size -= torch.bincount(number[taken], minlength=len(first))

@@ -1,4 +1,4 @@
-"""The inner loops, each in plain torch (`reference`) and compiled for the CPU (`cpu`).
+"""The inner loops, each in plain torch (`reference`) and compiled for CPUs (`cpu`), GPUs (`cuda`).
 
 `Sweep` is a filter, not a judge: it finds every scalar that could reach a threshold and perhaps a
 few that can't. The heuristic's own formula, in torch, then decides, so that a selection is the same
@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from subprocess import SubprocessError
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from unmask.errors import UnmaskWarning
 from unmask.kernels import reference
 
-__all__ = ["Run", "compiled_for", "gather", "scatter"]
+__all__ = ["Run", "compiled_for", "gather", "merge", "scatter"]
 
 
 class Run(NamedTuple):
@@ -46,6 +47,15 @@ def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None
         module.scatter(share, index, values, where)
 
 
+def merge(
+    index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two sorted vectors without a common entry as one, and what belongs to each entry: O(both)."""
+    parts = index, more, belongs, more_belongs
+    module = compiled_for(*parts)
+    return getattr(module, "merge", reference.merge)(*parts)
+
+
 def _shared_out(runs: list[Run], *vectors: Tensor) -> Iterator[tuple[ModuleType, list[Run]]]:
     """Which module's kernels take which of the runs."""
     if (compiled := compiled_for(*vectors)) is None or vectors[-1].dtype != torch.float32:
@@ -53,17 +63,23 @@ def _shared_out(runs: list[Run], *vectors: Tensor) -> Iterator[tuple[ModuleType,
         return
     for module in (compiled, reference):
         share = [
-            run for run in runs if (compiled_for(run.tensor) is compiled) == (module is compiled)
+            run
+            for run in runs
+            if (compiled_for(run.tensor, vectors[0]) is compiled) == (module is compiled)
         ]
         if share:
             yield module, share
 
 
 def compiled_for(*tensors: Tensor) -> ModuleType | None:
-    """The module of compiled kernels that can work on these tensors where they lie, if any."""
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return None
-    module = _cpu()
+    """The module of compiled kernels that can work on these tensors where they lie, if any; on
+    several GPUs at once none can."""
+    kinds = {tensor.device.type for tensor in tensors}
+    module = None
+    if kinds == {"cpu"}:
+        module = _cpu()
+    elif kinds == {"cuda"} and len({tensor.device for tensor in tensors}) == 1:
+        module = _cuda()
     return module if module is not None and all(map(module.handles, tensors)) else None
 
 
@@ -81,3 +97,21 @@ def _cpu() -> ModuleType | None:
         )
         return None
     return cpu
+
+
+@cache
+def _cuda() -> ModuleType | None:
+    """The GPU's kernels, or None (said once) where Triton can't be imported or can't compile."""
+    try:
+        from unmask.kernels import cuda
+
+        cuda.try_out("cuda")
+    except (ImportError, OSError, RuntimeError, SubprocessError) as problem:
+        warnings.warn(
+            f"Triton can't be used ({problem}), so selection on GPUs runs in plain torch: the same "
+            "result, slower; `pip install triton` and a C compiler bring the compiled kernels back",
+            UnmaskWarning,
+            stacklevel=2,
+        )
+        return None
+    return cuda

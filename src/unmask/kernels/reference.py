@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def gather(runs: list[Run], index: Tensor, out: Tensor, add: bool) -> None:
     """out[i] = (or +=) the scalar with the sorted global index[i], for all i of the runs."""
     for tensor, offset, start, stop in runs:
-        flat = (index[start:stop] - offset).to(tensor.device)
+        flat = (index[start:stop] - offset).to(tensor.device, torch.int64)
         if tensor.is_contiguous():
             scalars = tensor.detach().view(-1).index_select(0, flat)
         else:
@@ -30,10 +30,19 @@ def gather(runs: list[Run], index: Tensor, out: Tensor, add: bool) -> None:
 def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None) -> None:
     """The scalar with the sorted global index[i] = values[where[i]] (or values[i]), cast."""
     for tensor, offset, start, stop in runs:
-        flat = (index[start:stop] - offset).to(tensor.device)
+        flat = (index[start:stop] - offset).to(tensor.device, torch.int64)
         scalars = values[start:stop] if where is None else values[where[start:stop]]
         scalars = scalars.to(tensor.device, tensor.dtype)
         if tensor.is_contiguous():
-            tensor.detach().view(-1).index_copy_(0, flat, scalars)
+            # Several times as fast as index_copy_.
+            tensor.detach().view(-1).scatter_(0, flat, scalars)
         else:
             tensor.detach()[torch.unravel_index(flat, tensor.shape)] = scalars
+
+
+def merge(
+    index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two sorted vectors without a common entry as one, and what belongs to each entry."""
+    merged, order = torch.cat([index, more]).sort()
+    return merged, torch.cat([belongs, more_belongs])[order]

@@ -1,0 +1,110 @@
+"""What the compiled CPU kernels share: memory by address, float32 as bits, work in threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numba import carray, njit, types  # type: ignore[attr-defined]
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+INFINITE = 0x7F800000  # the bits of inf: a float32 is finite exactly if its magnitude's are below
+MAGNITUDE = np.int32(0x7FFFFFFF)
+SHARE = 1 << 15  # least scalars for which a second thread is worth waking
+HALF = {torch.float32: False, torch.bfloat16: True}  # weights handled: whether they are 16 bits
+
+T = TypeVar("T")
+# Without types, since mypy sees what numba is given, not what it makes of it.
+compiled: Any = njit(nogil=True, cache=True)
+_intrinsic: Any = intrinsic
+
+
+def addresses(tensors: Iterable[Tensor]) -> np.ndarray[Any, Any]:
+    """Where each tensor's numbers begin."""
+    return np.array([t.data_ptr() for t in tensors], dtype=np.uint64)
+
+
+def halves(tensors: Iterable[Tensor]) -> np.ndarray[Any, Any]:
+    """Which tensors are of 16 bits."""
+    return np.array([HALF[t.dtype] for t in tensors], dtype=np.bool_)
+
+
+def shares(start: int, stop: int) -> list[tuple[int, int]]:
+    """The range in as many equal parts as torch uses threads, or fewer if it is short."""
+    parts = max(1, min(torch.get_num_threads(), (stop - start) // SHARE))
+    cuts = [start + (stop - start) * i // parts for i in range(parts + 1)]
+    return list(pairwise(cuts))
+
+
+def in_threads(work: Callable[[int, int], T], ranges: list[tuple[int, int]]) -> list[T]:
+    """What the work returns for each range, done at once, the first by whoever calls."""
+    others = [_pool().submit(work, *share) for share in ranges[1:]]
+    return [work(*ranges[0]), *(other.result() for other in others)]
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="unmask")
+
+
+@_intrinsic
+def pointer(_context, _address):  # type: ignore[no-untyped-def]
+    """An address as something that `carray` takes."""
+
+    def generate(_, builder, __, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.uint64), generate
+
+
+@_intrinsic
+def as_float(_context, _bits):  # type: ignore[no-untyped-def]
+    """The float32 of these bits."""
+
+    def generate(context, builder, _, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
+
+
+@_intrinsic
+def as_bits(_context, _number):  # type: ignore[no-untyped-def]
+    """The bits of this float32."""
+
+    def generate(context, builder, _, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), generate
+
+
+@compiled
+def read(address, half, i):  # type: ignore[no-untyped-def]
+    """The bits of the i-th number at an address, as float32's."""
+    if half:
+        return np.int32(carray(pointer(address), (i + 1,), dtype=np.int16)[i]) << np.int32(16)
+    return carray(pointer(address), (i + 1,), dtype=np.int32)[i]
+
+
+@compiled
+def rounded(bits):  # type: ignore[no-untyped-def]
+    """The bits of the bfloat16 nearest to a float32, ties to even, as torch rounds."""
+    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(INFINITE):
+        return np.uint16(0x7FC0)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@compiled
+def add(total, bits, half):  # type: ignore[no-untyped-def]
+    """Add a number in its own precision, as autograd adds up gradients."""
+    exact = total + as_float(bits)
+    if not half:
+        return exact
+    return as_float(np.int32(rounded(np.uint32(as_bits(exact)))) << np.int32(16))

@@ -1,0 +1,98 @@
+"""Single scalars between many tensors and a vector, and the merge of sorted runs, compiled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numba import carray  # type: ignore[attr-defined]
+from torch import Tensor
+
+from unmask.kernels.cpu_base import (
+    add,
+    addresses,
+    as_bits,
+    as_float,
+    compiled,
+    halves,
+    in_threads,
+    pointer,
+    read,
+    rounded,
+    shares,
+)
+
+if TYPE_CHECKING:
+    from unmask.kernels import Run
+
+
+def gather(runs: list[Run], index: Tensor, out: Tensor, more: bool) -> None:
+    """As `reference.gather`."""
+    table = _table(runs)
+
+    def work(a: int, b: int) -> None:
+        _gather(*table, index.numpy(), a, b, out.numpy(), more)
+
+    in_threads(work, shares(0, len(index)))
+
+
+def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None) -> None:
+    """As `reference.scatter`."""
+    table = _table(runs)
+    places = index.numpy() if where is None else where.numpy()
+
+    def work(a: int, b: int) -> None:
+        _scatter(*table, index.numpy(), a, b, values.numpy(), places, where is not None)
+
+    in_threads(work, shares(0, len(index)))
+
+
+def merge(
+    index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `reference.merge`."""
+    merged = index.new_empty(len(index) + len(more))
+    merged_belongs = belongs.new_empty(len(merged))
+    parts = (index, more, belongs, more_belongs, merged, merged_belongs)
+    _merge(*(part.numpy() for part in parts))
+    return merged, merged_belongs
+
+
+def _table(runs: list[Run]) -> tuple[np.ndarray[Any, Any], ...]:
+    numbers = np.array([run[1:] for run in runs], dtype=np.int64).reshape(-1, 3)
+    tensors = [run.tensor for run in runs]
+    return numbers, addresses(tensors), halves(tensors)
+
+
+@compiled
+def _gather(runs, address, half, index, first, last, out, more):  # type: ignore[no-untyped-def]
+    for k in range(len(runs)):
+        offset, start, stop = runs[k]
+        for i in range(max(start, first), min(stop, last)):
+            bits = read(address[k], half[k], index[i] - offset)
+            out[i] = add(out[i], bits, half[k]) if more else as_float(bits)
+
+
+@compiled
+def _scatter(runs, address, half, index, first, last, values, where, jump):  # type: ignore[no-untyped-def]
+    for k in range(len(runs)):
+        offset, start, stop = runs[k]
+        for i in range(max(start, first), min(stop, last)):
+            flat = index[i] - offset
+            bits = np.uint32(as_bits(values[where[i] if jump else i]))
+            if not half[k]:
+                carray(pointer(address[k]), (flat + 1,), dtype=np.uint32)[flat] = bits
+                continue
+            carray(pointer(address[k]), (flat + 1,), dtype=np.uint16)[flat] = rounded(bits)
+
+
+@compiled
+def _merge(index, more, belongs, more_belongs, merged, merged_belongs):  # type: ignore[no-untyped-def]
+    i = 0
+    for j in range(len(more) + 1):
+        stop = np.searchsorted(index[i:], more[j]) + i if j < len(more) else len(index)
+        merged[i + j : stop + j] = index[i:stop]
+        merged_belongs[i + j : stop + j] = belongs[i:stop]
+        i = stop
+        if j < len(more):
+            merged[i + j], merged_belongs[i + j] = more[j], more_belongs[j]

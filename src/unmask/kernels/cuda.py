@@ -1,0 +1,210 @@
+"""The inner loops as Triton code for GPUs: each a single launch over many tensors at once.
+
+The filter is the one of `cpu`, with integers for logarithms: with b(x) the bits of a positive
+float32 and L(x) = b(x) / 2^23 - 127, log2(x) lies within [L(x), L(x) + 0.0861]. What torch's own
+formula might make of a number too small for that (below 2^-126, where float32 has fewer digits and
+devices differ) isn't reckoned with: such scalars are candidates. Candidates come in no order.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.kernels import Run, reference
+from unmask.kernels.triton_code import gather_kernel, scan_kernel, scatter_kernel
+
+BLOCK = 4096  # scalars that a program looks at: 16 for each of its threads
+PART = 512  # scalars of a block with candidates that are looked at together
+WARPS = 8
+FEW = 1024  # scalars that a program moves
+ROOM = 16  # candidates held on a GPU for each that a thread of a processor may hold
+LOG_SLACK = 0.0861  # the most that L(x) lies below log2(x)
+LOG_ROUNDING = 1e-4  # float32 rounding of keys and scores, per unit of (1 + |exp|), with room
+FEWEST = -124.0  # log2 from which on float32 has all its digits, with room
+TINY = 2.0**-100  # a denormal weight is nothing beside an eps from here on
+STEEP = 1000.0  # exponents beyond overflow the keys
+
+KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `triton_code` numbers them
+WIDE = {torch.int64: True, torch.int32: False}
+HOW = {"enable_fp_fusion": False}  # the arithmetic as written, on every device
+
+
+def handles(tensor: Tensor) -> bool:
+    """Whether these kernels can work on the tensor where it lies."""
+    return (tensor.dtype in KIND or tensor.dtype in WIDE) and tensor.is_contiguous()
+
+
+def try_out(device: str) -> None:
+    """Fail if Triton can't make code for this device: it needs a C compiler, for one."""
+    one = torch.zeros(1, device=device)
+    gather([Run(one, 0, 0, 1)], one.long(), torch.empty_like(one), add=False)
+
+
+class Sweep:
+    """As `cpu.Sweep`; all tensors on one device. The gradients of `taken` are added at once."""
+
+    def __init__(
+        self,
+        thetas: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        offsets: Sequence[int],
+        taken: Sequence[Tensor],
+        into: Sequence[Tensor | None],
+        law: tuple[float, float],
+    ) -> None:
+        self._law, self._device, self._offsets = law, thetas[0].device, offsets
+        same = len({t.dtype for t in taken}) == 1
+        self._index_dtype = taken[0].dtype if same else torch.int64
+        taken = [t.to(self._index_dtype) for t in taken]
+        self._keep = (thetas, grads, taken)  # alive as long as their addresses are used
+        sizes = [len(theta) for theta in thetas]
+        self._starts = [0, *accumulate(sizes)]
+        wide = WIDE[self._index_dtype]
+        self._block = BLOCK
+        self._how = {"BLOCK": BLOCK, "PART": PART, "WIDE": wide, "num_warps": WARPS}
+        self._firsts = _firsts(sizes, BLOCK)
+        self.total = self._starts[-1]
+        self._table = _table(
+            self._device,
+            self._firsts[:-1],
+            self._starts[:-1],
+            sizes,
+            offsets,
+            *(_addresses(grads), [KIND[g.dtype] for g in grads]),
+            *(_addresses(thetas), [KIND[t.dtype] for t in thetas]),
+            *(_addresses(taken), [len(t) for t in taken]),
+        )
+        rows = []
+        for grad, offset, known, x in zip(grads, offsets, taken, into, strict=True):
+            run = Run(grad, offset, 0, len(known))
+            if x is not None and x.device == self._device:
+                rows.append((*_source(run, known), x.data_ptr(), 0))
+            elif x is not None:
+                reference.gather([run], known, x, add=True)
+        _launch(gather_kernel, self._device, rows, ADD=True, WIDE=wide)
+
+    def first(self, place: int) -> int:
+        """The least global index from this place of the sweep on."""
+        k = bisect_right(self._starts, place) - 1
+        return place - self._starts[k] + self._offsets[k]
+
+    def run(
+        self,
+        start: int,
+        stop: int,
+        threshold: float,
+        capacity: int,
+        every: int = 1,
+        but: int = 0,
+    ) -> tuple[list[list[Tensor]], list[tuple[int, int]], int]:
+        """As `cpu.Sweep.run`. If there were too many candidates, none, and both halves are left."""
+        exp, eps = map(float, self._law)  # of another type, a kernel would be compiled anew
+        limits = bounds(exp, eps, threshold)
+        exp = 0.0 if limits[1] == -math.inf else exp  # the weight has no say, nor may it overflow
+        first, last = -(-self._owner(start) // every), self._owner(stop - 1) // every
+        if first > last:
+            return [], [], -1
+        room = min(stop - start, (last - first + 1) * self._block, ROOM * capacity)
+        state = torch.zeros(2, dtype=torch.int64, device=self._device)
+        index = torch.empty(room, dtype=self._index_dtype, device=self._device)
+        theta, grad = torch.empty(2, room, device=self._device)
+        tensors = len(self._offsets)
+        with torch.cuda.device_of(state):
+            scan_kernel[(last - first + 1,)](
+                *(self._table, tensors, first, every, but, start, stop),
+                *(limits[0], exp, eps, *limits[1:], state, index, theta, grad, room),
+                **(self._how | HOW),
+            )
+        found, bad = state.tolist()  # the one moment at which the processor waits for the device
+        if bad:
+            return [], [], tensors - bad
+        if found > room:
+            middle = (start + stop) // 2
+            return [], [(middle, stop), (start, middle)], -1  # the last of them is looked at first
+        return [[x[:found] for x in (index, theta, grad)]] if found else [], [], -1
+
+    def _owner(self, place: int) -> int:
+        """The block that a place of the sweep is in."""
+        k = bisect_right(self._starts, place) - 1
+        return self._firsts[k] + (place - self._starts[k]) // self._block
+
+
+def gather(runs: list[Run], index: Tensor, out: Tensor, add: bool) -> None:
+    """As `reference.gather`."""
+    rows = [(*_source(run, index), out.data_ptr() + 4 * run.start, 0) for run in runs]
+    _launch(gather_kernel, out.device, rows, ADD=add, WIDE=WIDE[index.dtype])
+
+
+def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None) -> None:
+    """As `reference.scatter`."""
+    if where is None:
+        rows = [(*_source(run, index), values.data_ptr() + 4 * run.start, 0) for run in runs]
+    else:
+        where = where.contiguous()
+        at, size = where.data_ptr(), where.element_size()
+        rows = [(*_source(r, index), values.data_ptr(), at + size * r.start) for r in runs]
+    jumps = {"JUMP": where is not None, "FAR": WIDE[torch.int64 if where is None else where.dtype]}
+    _launch(scatter_kernel, values.device, rows, WIDE=WIDE[index.dtype], **jumps)
+    for run in runs:  # autograd has to learn of it
+        torch.autograd.graph.increment_version(run.tensor)
+
+
+def bounds(exp: float, eps: float, threshold: float) -> tuple[int, float, float]:
+    """(least |g| bits, least key, greatest exp·b(|θ| + ε) of those that are candidates anyway) that
+    a score of `threshold` or more can have, however float32 rounds it."""
+    if not threshold > 0:
+        return 0, -math.inf, -math.inf  # |g| = 0 will do
+    log = math.log2(threshold)
+    if not (math.isfinite(log) and log >= FEWEST) or abs(exp) > STEEP or (exp > 0 and eps < TINY):
+        return 1, -math.inf, -math.inf
+    rounding = LOG_ROUNDING * (1 + abs(exp))
+    lowest = -LOG_SLACK * max(0.0, -exp)  # how far log2 of the denominator may be below exp·L
+    cut = (log - LOG_SLACK + lowest - rounding + 127 - 127 * exp) * 2.0**23
+    floor = (FEWEST - lowest + rounding + 127 * exp) * 2.0**23
+    # The bound by |g| alone: the denominator is at least eps^exp where exp >= 0.
+    least = exp * math.log2(eps) if exp >= 0 else -math.inf
+    if least < FEWEST or (least := log + least - rounding) < FEWEST:
+        return 1, cut, floor
+    return _bits(2.0 ** min(least, 127.9)), cut, floor
+
+
+def _bits(number: float) -> int:
+    return int(torch.tensor(number, dtype=torch.float32).view(torch.int32))
+
+
+def _source(run: Run, index: Tensor) -> tuple[int, int, int, int, int]:
+    """What both directions have to know of a run."""
+    tensor, offset, start, stop = run
+    at = index.data_ptr() + index.element_size() * start
+    return tensor.data_ptr(), KIND[tensor.dtype], offset, stop - start, at
+
+
+def _launch(kernel: Any, device: torch.device, rows: Sequence[Sequence[int]], **how: bool) -> None:
+    """Move what these rows say, one run each, in a single launch."""
+    rows = [row for row in rows if row[3]]
+    if not rows:
+        return
+    firsts = _firsts([row[3] for row in rows], FEW)
+    table = _table(device, firsts[:-1], *zip(*rows, strict=True))
+    with torch.cuda.device_of(table):
+        kernel[(firsts[-1],)](table, len(rows), BLOCK=FEW, **how, **HOW)
+
+
+def _firsts(sizes: Sequence[int], block: int) -> list[int]:
+    """The first block of each, if none is shared; then how many there are."""
+    return [0, *accumulate(-(-size // block) for size in sizes)]
+
+
+def _table(device: torch.device, *columns: Sequence[int]) -> Tensor:
+    return torch.tensor(columns, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
