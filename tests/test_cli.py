@@ -162,6 +162,12 @@ def test_an_existing_run_is_refused_unless_overwritten(
         (("--model", "./nowhere"), "no folder './nowhere'"),
         (("--set", "max_steps"), "write --set key=value"),
         (("--set", "maxsteps=1"), "did you mean max_steps"),
+        (("--set", "max_steps=1", "--set", "max_steps=2"), "give one"),
+        (("--set", "learning_rate=1"), "--lr and --set learning_rate are the same"),
+        (("--set", "heuristic.epx=1"), "D3 has no 'epx'; there are heuristic.exp, heuristic.eps"),
+        (("--set", "scope=PerRow"), "there are Bounded, Global, PerLayer, PerTensor, Units"),
+        (("--peft", "prefix"), "there are lora, adalora, ia3, pfeiffer, houlsby"),
+        (("--peft", "pfeiffer:r=8"), "there are after, reduction, std"),
         (("--save-at", "ten"), "10%,25%,50%,100%"),
         (("--include", "nothing*"), "include='nothing*' matches none"),
     ],
@@ -204,6 +210,28 @@ def test_methods_lists_each_with_its_source() -> None:
     assert result.exit_code == 0
     for name in (*unmask.methods.__all__, "head"):
         assert name in result.stdout
+
+
+def test_methods_lists_what_a_method_can_be_set_to() -> None:
+    result = run("methods", "sft_ma")
+    assert result.exit_code == 0
+    for line in ("--set method.rate=0.2", "--set strategy.every=20", "--set scope.by=size"):
+        assert f"{line}\n" in result.stdout
+    assert "no method is called 'sft'" in refused("methods", "sft")
+
+
+def test_a_run_inside_adapters(command: Sequence[object], model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    asked = (*command, "--budget", 50, "--peft", "pfeiffer:reduction=4", "--out", out)
+    settings = ("--set", "scope.by=even", "--set", "heuristic.exp=0", "--set", "max_steps=3")
+    result = run(*asked, *settings)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"50 of [\d,]+ scalars \(.*\) inside pfeiffer:reduction=4", result.output)
+    assert run("evaluate", out).exit_code == 0
+    assert "with pfeiffer:reduction=4 in it" in run("inspect", out).stdout
+    assert "is finished" in run(*asked, *settings, "--resume").stdout
+    assert "can't be merged" in refused("apply", model, out, "--out", tmp_path / "merged")
+    assert json.loads((out / "config.json").read_text())["peft"] == "pfeiffer:reduction=4"
 
 
 @pytest.mark.parametrize("command", ["", "train", "evaluate", "inspect", "apply", "methods"])

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from tiny import write_model
-from unmask import cli
-from unmask.compose import Overlap, compose, distance, intersect, overlap, subtract
+from unmask import Overlap, cli, compose, distance, intersect, overlap, subtract
 from unmask.delta import Delta, Sparse, fingerprint
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.recipes.combine import compose_folders

@@ -1,12 +1,16 @@
 """Imports go only downwards, optional packages stay at the rim, and `import unmask` is light."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import unmask
+from unmask import Method
 
 ROOT = Path(__file__).parent.parent / "src" / "unmask"
 
@@ -37,11 +41,12 @@ ORDER = [
     "layouts",
     "delta",
     "fresh",
-    "compose",
+    "algebra",
     "tuner",
     "integrations",
     "recipes",
     "analysis",
+    "screens",
     "cli",
     "__main__",
 ]
@@ -56,7 +61,7 @@ MACHINE = {
     "elementwise",
     "driver",
 }
-RIM = ("integrations", "recipes", "analysis", "cli", "__main__")
+RIM = ("integrations", "recipes", "analysis", "screens", "cli", "__main__")
 LIGHT = {  # what each of the lowest modules needs besides the standard library
     "errors": set(),
     "allot": set(),
@@ -138,11 +143,6 @@ def test_the_rim_uses_the_public_api(path: Path) -> None:
     assert not inner(path) & MACHINE
 
 
-@pytest.mark.parametrize("path", files("analysis"), ids=lambda path: path.name)
-def test_analysis_reads_results_only(path: Path) -> None:
-    assert not inner(path) & {"tuner", "recipes", "integrations"}
-
-
 @pytest.mark.parametrize(
     "path", [p for p in FILES if top(p) not in RIM], ids=lambda path: str(path.relative_to(ROOT))
 )
@@ -165,9 +165,51 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_importing_the_library_is_light() -> None:
-    added = modules_after("import unmask") - modules_after("import torch, safetensors.torch")
+    everything = "import unmask; [getattr(unmask, name) for name in unmask.__all__]"
+    added = modules_after(everything) - modules_after("import torch, safetensors.torch")
     added = {name for name in added - sys.stdlib_module_names if not name.startswith("_")}
     assert added <= {"unmask", "jaxtyping", "wadler_lindig"}
+    assert "torch" in modules_after("import unmask; unmask.id3")
+    assert "torch" not in modules_after("import unmask; unmask.UnmaskError, unmask.schedules")
+
+
+@pytest.mark.parametrize("command", ["", "train", "methods"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    out = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "unmask", *command.split(), "--help"],
+        capture_output=True, text=True, check=True, cwd=ROOT.parent,
+    )  # fmt: skip
+    imports = {line.rpartition("|")[2].strip().split(".")[0] for line in out.stderr.splitlines()}
+    assert "typer" in imports
+    assert not imports & {"torch", "numpy", "transformers", "numba", "safetensors"}
+
+
+def test_public_names_are_what_type_checkers_see() -> None:
+    block = next(
+        node
+        for node in ast.parse((ROOT / "__init__.py").read_text()).body
+        if isinstance(node, ast.If)
+    )
+    homes = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(homes) == sorted(unmask.__all__)
+    for name, home in homes.items():
+        assert getattr(unmask, name) is getattr(importlib.import_module(str(home)), name)
+    assert set(homes) <= set(dir(unmask))
+    with pytest.raises(AttributeError, match="has no attribute 'id4'"):
+        unmask.id4  # noqa: B018
+    with pytest.raises(ImportError, match="id4"):
+        exec("from unmask import id4")
+
+
+@pytest.mark.parametrize("name", ["Units", "PerLayer"])
+def test_a_description_finds_classes_that_nobody_has_used_yet(name: str) -> None:
+    described = Method(unmask.D3(), unmask.Static(), 1, scope=getattr(unmask, name)()).to_dict()
+    assert "unmask" in modules_after(f"import unmask; unmask.Method.from_dict({described!r})")
 
 
 def test_no_wildcard_imports() -> None:

@@ -17,6 +17,7 @@ import transformers
 import tiny
 import unmask
 from unmask import Delta, UnmaskError
+from unmask.integrations.transformers import training_loss
 from unmask.recipes import RunConfig, choose, config, evaluate, models, saved, train
 from unmask.recipes.folder import RunFolder, whole_folder
 from unmask.recipes.trainer import LengthGrouped, Recorder, random_state_kept
@@ -336,6 +337,48 @@ def test_settings_reach_method_and_trainer() -> None:
     asked = RunConfig(settings={"learning_rate": "1e-4", "seed": "3", "warmup_ratio": "0.1"})
     assert (asked.lr, asked.seed) == (1e-4, 3)
     assert transformers.TrainingArguments(**asked.training({})).get_warmup_steps(100) == 10
+
+
+PLATEAU = {
+    "schedule": "Plateau", "schedule.parts": "4", "schedule.patience": "1",
+    "schedule.tolerance": "1e9",  # no loss is low enough: every second report ends a share
+}  # fmt: skip
+
+
+def test_a_schedule_hears_the_losses_of_a_run(given: dict[str, Any], tmp_path: Path) -> None:
+    settings = PLATEAU | {"logging_steps": "1"}
+    metrics = train(RunConfig(**given, settings=settings, out=str(tmp_path / "run")))
+    active = [entry["active"] for entry in metrics["history"] if "loss" in entry]
+    assert active == [125, 125, 250, 250, 375, 375, *[500] * 14]
+
+
+def test_reports_survive_an_interruption_between_logs(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = PLATEAU | {"logging_steps": "3", "save_steps": "4", "schedule.tolerance": "0.1"}
+    whole = RunConfig(**given, settings=settings, out=str(tmp_path / "whole"))
+    history = train(whole)["history"]
+    cut = replace(whole, out=str(tmp_path / "cut"))
+
+    def interrupted(self: Recorder, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Recorder, "on_step_end", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    assert train(cut, resume=True)["history"] == history  # its losses are what was reported
+    assert files(tmp_path / "cut" / "delta") == files(tmp_path / "whole" / "delta")
+
+
+@pytest.mark.parametrize(
+    ("logs", "loss"),
+    [({"loss": 0.5}, 0.5), ({"loss": "0.25"}, 0.25), ({"eval_loss": 1.0}, None),
+     ({"loss": "n/a"}, None), (None, None)],
+)  # fmt: skip
+def test_a_logged_loss_may_be_written_out(logs: dict[str, Any] | None, loss: float | None) -> None:
+    assert training_loss(logs) == loss
 
 
 def test_a_config_survives_json() -> None:

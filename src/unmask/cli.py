@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
+from unmask import screens
 from unmask.errors import UnmaskError
-
-screen, err = Console(), Console(stderr=True)
+from unmask.screens import say, screen
 
 
 class Commands(TyperGroup):
@@ -23,11 +20,11 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        warnings.showwarning = _note
+        warnings.showwarning = screens.note
         try:
             return super().invoke(ctx)
         except UnmaskError as mistake:
-            _say(f"Error: {mistake}")
+            say(f"Error: {mistake}")
             raise typer.Exit(2) from mistake
 
 
@@ -50,7 +47,7 @@ def _version(asked: bool) -> None:
     if asked:
         from unmask import __version__
 
-        _say(f"unmask {__version__}", screen)
+        say(f"unmask {__version__}", screen)
         raise typer.Exit
 
 
@@ -76,6 +73,14 @@ def train(
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Scalars (38000, 320K) or a share (0.1%). Default: 38000.")
+    ] = None,
+    peft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND:KEY=VALUE,...",
+            help="Put modules into the model and choose from those: lora:r=8,target=all-linear, "
+            "adalora, ia3, pfeiffer:reduction=16, houlsby.",
+        ),
     ] = None,
     data_dir: Annotated[
         str | None, typer.Option(help="A folder with <task>/{train,validation}.jsonl.gz.")
@@ -135,21 +140,21 @@ def train(
     if text is not None:
         given["text"] = tuple(column for names in text for column in names.split(","))
     if settings is not None:
-        given["settings"] = dict(map(configs.parse_setting, settings))
+        given["settings"] = configs.parse_settings(settings)
     if save_at is not None:
         given["save_at"] = configs.parse_levels(save_at)
     config = run.placed(run.asked(given, resume=resume))
     if resume and (done := run.finished(config)) is not None:
-        _say(f"the run in {config.out} is finished", screen)
-        _summary(config.out, done)
+        say(f"the run in {config.out} is finished", screen)
+        screens.summary(config.out, done)
         return
-    _say(f"{config.method} on {config.task or config.train_file}, into {config.out}", screen)
+    say(f"{config.method} on {config.task or config.train_file}, into {config.out}", screen)
     try:
         metrics = run.train(config, resume=resume, overwrite=overwrite, console=screen)
     except KeyboardInterrupt:
-        _say(f"stopped; to go on: unmask train --resume --out {config.out}")
+        say(f"stopped; to go on: unmask train --resume --out {config.out}")
         raise typer.Exit(130) from None
-    _summary(config.out, metrics)
+    screens.summary(config.out, metrics)
 
 
 @app.command()
@@ -158,7 +163,7 @@ def evaluate(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> No
     from unmask.recipes.run import evaluate as measure
 
     for part, value in (found := measure(run))["values"].items():
-        _say(f"{found['task']} {part}: {found['metric']} {value:.6f}", screen)
+        say(f"{found['task']} {part}: {found['metric']} {value:.6f}", screen)
 
 
 @app.command()
@@ -188,21 +193,7 @@ def inspect(
     if as_json:
         print(json.dumps(report, indent=2))
         return
-    table = Table("tensor", "shape", "changed", "share", title=f"{path}")
-    table.columns[0].overflow = "fold"
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in found.tensors:
-        table.add_row(row.name, _shape(row.shape), f"{row.changed:,}", f"{row.share:.3%}")
-    for name, tensor in (*found.full.items(), *found.buffers.items()):
-        table.add_row(name, _shape(tensor.shape), "whole", "")
-    screen.print(table)
-    base = found.info.get("base_model_name_or_path") or "a model without a name"
-    _say(
-        f"{found.active:,} scalars in {len(found.sparse)} tensors, {len(found.full)} whole, "
-        f"{_bytes(size)}; base {base}, fingerprint {found.base[:12]}",
-        screen,
-    )
+    screens.delta(found, path, size)
 
 
 @app.command()
@@ -220,10 +211,7 @@ def apply(
 
     with calm():
         merged = models.merge(model, loaded, folder)
-    _say(
-        f"{type(merged).__name__} with {loaded.active:,} changed scalars written to {folder}",
-        screen,
-    )
+    say(f"{type(merged).__name__} with the delta merged in, written to {folder}", screen)
 
 
 @app.command()
@@ -257,7 +245,7 @@ def compose(
             conflicts=conflicts,
             keep=keep,
         )
-    _say(
+    say(
         f"{len(paths)} deltas as one, {composed.active:,} scalars, written to {folder}; "
         f"unmask inspect {folder}",
         screen,
@@ -265,18 +253,20 @@ def compose(
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, with all that --set reaches of it.")
+    ] = None,
+) -> None:
     """List every method with its formula, what it keeps in memory, and its source."""
     from unmask.recipes import choose
 
-    table = Table("method", "what is trained", "memory", "source", show_lines=True)
-    for row in choose.catalogue():
-        table.add_row(row.name, row.formula, row.memory, row.source)
-    screen.print(table)
-    _say(
-        "B: the budget; N: all eligible scalars. Memory: beyond the weights, with AdamW.",
-        screen,
-    )
+    described = {row.name: row for row in choose.catalogue()}
+    if name is None:
+        screens.methods(described.values())
+    else:
+        keys = choose.reachable(name)
+        screens.method(described[name], keys)
 
 
 @app.command()
@@ -311,63 +301,10 @@ def plan(
     if as_json:
         print(json.dumps(found.to_dict() | ({} if room is None else {"fits": fitting}), indent=2))
         return
-    title = f"{found.method} on {found.parameters:,} parameters in {dtype}, MB"
-    table = Table("", *(row.mode for row in found.rows), title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for part in (*planner.PARTS, "peak"):
-        table.add_row(part, *(f"{getattr(row, part) / 1e6:,.1f}" for row in found.rows))
-    if room is not None:
-        fits = ["yes" if row.mode in fitting else "no" for row in found.rows]
-        table.add_row(f"fits in {memory}", *fits)
-    screen.print(table)
-    _say(
-        f"{found.budget:,} of {found.eligible:,} scalars, {batch_size} x {sequence_length} tokens, "
-        "AdamW. Each part at its largest; the peak is\nall of them at the worst moment. Without "
-        "the interpreter and libraries. sampled: where it selects; less between.",
-        screen,
-    )
-
-
-def _summary(folder: str | None, m: dict[str, Any]) -> None:
-    """What a run gave, and what to do next."""
-    share = m["active"] / m["parameters"]
-    rows = [
-        (f"{m['metric']} before", f"{m['before']:.4f}"),
-        (f"{m['metric']} after", f"{m['value']:.4f}   (best measured {m['best']:.4f})"),
-        ("changed", f"{m['active']:,} of {m['parameters']:,} scalars ({share:.2%})"),
-        ("new head", f"{m['head']:,} scalars"),
-        ("file size", f"{_bytes(m['delta_bytes'])} (full model: {_bytes(m['model_bytes'])})"),
-        ("time", f"{m['train_seconds']:.0f} s for {m['steps']:,} steps on {m['device']}"),
-        *((f"at {e['share']:.0%} of budget", f"{e['value']:.4f}") for e in m["series"]),
-        ("run", str(folder)),
-        ("next", f"unmask inspect {folder}"),
-        ("", f"unmask evaluate {folder}"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        _say(f"{name:<{width}}  {value}", screen)
+    screens.plan(found, batch_size, sequence_length, dtype, memory, fitting)
 
 
 def _delta_folder(path: Path) -> Path:
     """A run's folder stands for its delta."""
     inside = path / "delta"
     return inside if inside.is_dir() and not (path / "adapter_config.json").exists() else path
-
-
-def _shape(shape: Iterable[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
-
-
-def _say(text: str, console: Console = err) -> None:
-    """A plain line, never wrapped: paths and commands must survive copying."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    ours = category.__name__ == "UnmaskWarning"
-    _say(f"note: {message}" if ours else f"{category.__name__}: {message}")

@@ -14,6 +14,7 @@ from unmask.heuristics import Heuristic
 from unmask.schedules import Schedule
 from unmask.scopes import Global, Scope
 from unmask.strategies import Strategy
+from unmask.units import Units as Units  # a scope that `from_dict` has to know of
 
 __all__ = ["Budget", "Method"]
 

@@ -25,6 +25,7 @@ class UnmaskCallback(TrainerCallback):
 
     - `tuner.steps`, if left out, is the trainer's number of optimiser steps;
     - `max_grad_norm` and the logged norm are over what is trained, not over the dense gradient;
+    - logged losses are reported to the tuner, for schedules that go by them (`Plateau`);
     - a save writes the delta and an O(budget) optimiser file, not the model, until `detach()`;
     - `resume_from_checkpoint` and `load_best_model_at_end` read those back, on a fresh base too.
 
@@ -70,6 +71,35 @@ class UnmaskCallback(TrainerCallback):
     ) -> None:
         """The model's parameters are all its parameters again."""
         kwargs["model"].__dict__.pop("parameters", None)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where losses count, report before a save: what a checkpoint holds is then all of them."""
+        if control.should_save and self.tuner.method.strategy.hear((), 0.0):
+            control.should_log = True
+
+    on_epoch_end = on_step_end
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell the tuner the training loss, the mean since the last log."""
+        if (loss := training_loss(logs)) is not None:
+            self.tuner.report(loss)
+
+
+def training_loss(logs: Mapping[str, Any] | None) -> float | None:
+    """The loss in a trainer's log, if it has one; it may be written out, "0.25"."""
+    try:
+        return float((logs or {})["loss"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _speak_delta(tuner: Tuner, model: nn.Module) -> None:

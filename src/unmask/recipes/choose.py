@@ -7,22 +7,22 @@ import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-from unmask import Method, heuristics, methods, schedules, scopes, strategies
-from unmask.errors import UnmaskError
+import unmask
+from unmask import Heuristic, Method, Schedule, Scope, Strategy, UnmaskError, methods
+from unmask.methods import Description
 from unmask.recipes import presets
 from unmask.recipes.config import METHOD_PARTS, convert
 from unmask.recipes.presets import Budget
 
 HEAD = "head"  # the baseline of the recipes: train the new head, leave the pretrained model alone
-PARTS: dict[str, ModuleType] = {
-    "heuristic": heuristics,
-    "strategy": strategies,
-    "schedule": schedules,
-    "scope": scopes,
-}
+PARTS = (Heuristic, Strategy, Schedule, Scope)
+# Where a method has nothing to say by itself, a field alone may choose the class that has it:
+# `schedule.every=10` is a Strided. What a method's heuristic and strategy are makes the method.
+OPEN = (Schedule, Scope)
+
+Asked = dict[str, Any]  # field -> what is asked of it, Asked again; "" -> the value or the class
 
 
 def method(name: str, budget: Budget, settings: Mapping[str, Any]) -> Method:
@@ -30,8 +30,15 @@ def method(name: str, budget: Budget, settings: Mapping[str, Any]) -> Method:
 
     >>> method("id3", 1000, {"heuristic.exp": "1", "schedule.every": "10"}).strategy
     Increment(schedule=Strided(every=10))
+    >>> method("sparse_adapter", 1000, {"method.pruner": "magnitude", "scope.rows": "1"}).scope
+    Units(rows=1, columns=None)
     """
+    asked = _tree(settings)
     if name == HEAD:
+        if asked:
+            raise UnmaskError(
+                f"--set {next(iter(asked))}: --method {HEAD} chooses nothing, so it has no settings"
+            )
         return methods.full()
     if name not in methods.__all__:
         near = get_close_matches(name, methods.__all__, 1)
@@ -39,94 +46,167 @@ def method(name: str, budget: Budget, settings: Mapping[str, Any]) -> Method:
             f"no method is called {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; "
             f"there are {', '.join(methods.__all__)}, and {HEAD} (the new head alone)"
         )
-    built: Method = getattr(methods, name)(budget=budget)
-    for key, value in settings.items():
-        part, dot, field = key.partition(".")
-        if part not in METHOD_PARTS:
-            continue
-        holder = built.strategy if part == "schedule" else built
-        if (current := getattr(holder, part, None)) is None:
-            raise UnmaskError(f"--set {key}: {type(holder).__name__} has no {part}")
-        new: Any = _changed(current, part, field, value, key) if dot else _made(part, value)
-        if part == "schedule":
-            part, new = "strategy", replace(holder, schedule=new)  # type: ignore[type-var]
-        built = replace(built, **{part: new})
-    return built
+    own = asked.pop("method", {})
+    _check_once(own, settings)
+    built: Method = getattr(methods, name)(budget=budget, **_arguments(name, own))
+    changed: Method = _changed(built, Method, asked, "")
+    return changed
 
 
-class Entry(NamedTuple):
-    """A method as `unmask methods` lists it."""
-
-    name: str
-    formula: str
-    memory: str
-    source: str
-
-
-def catalogue() -> list[Entry]:
-    """Every method, from its docstring and its parts."""
-    entries = []
-    for name in methods.__all__:
-        build = getattr(methods, name)
-        said, _, source = (inspect.getdoc(build) or "").partition("Source:")
-        built: Method = build(budget=presets.budget(name))
-        plain = (" ".join(part.split()) for part in (said, _memory(built), source))
-        entries.append(Entry(name, *plain))
+def catalogue() -> list[Description]:
+    """Every method in words."""
     said = "The new head alone, whole; the pretrained weights stay as they are."
-    return [*entries, Entry(HEAD, said, "the head's gradient and optimiser state", "baseline")]
+    head = Description(HEAD, said, "the head's gradient and optimiser state", "baseline")
+    return [*map(methods.describe, methods.__all__), head]
 
 
-def _memory(built: Method) -> str:
-    # The values, their base, their slots (two int64) and AdamW's two moments.
-    kept = f"32 bytes x {'B' if built.budget == presets.BUDGET else 'N'}"
-    more = getattr(built.heuristic, "memory", "")
-    if not built.heuristic.uses_gradient:
-        return f"{kept}; {more or 'no gradient to choose'}"
-    when = "the first" if isinstance(built.strategy, strategies.Static) else "every"
-    return f"{kept}; {more or f'reads all gradients at {when} step'}"
+def reachable(name: str) -> dict[str, Any]:
+    """Every key of the method's for --set, with what it is unless set.
+
+    >>> reachable("id3")["heuristic.exp"]
+    2.0
+    """
+    built = method(name, presets.budget(name), {})
+    if name == HEAD:
+        return {}
+    own = {f"method.{key}": default for key, (default, _) in _parameters(name).items()}
+    return own | {k: v for k, v in _walk(built, "").items() if k.split(".")[0] in METHOD_PARTS}
 
 
-def _changed(current: Any, part: str, field: str, value: Any, key: str) -> Any:
-    """`current` with one field changed; a class that alone has the field takes the place of one
-    that lacks it (`schedule.every` makes Uniform a Strided)."""
-    if field not in _fields(type(current)):
-        owners = [c for c in _classes(part).values() if field in _fields(c)]
-        if len(owners) != 1:
-            allowed = [f"{part}.{f}" for c in _classes(part).values() for f in _fields(c)]
+def _tree(settings: Mapping[str, Any]) -> Asked:
+    tree: Asked = {}
+    for key, value in settings.items():
+        path = key.split(".")
+        if path[0] not in METHOD_PARTS:
+            continue
+        if not all(path) or path == ["method"]:
+            raise UnmaskError(f"--set {key}={value}: no such key; write <part>.<field>=<value>")
+        node = tree
+        for field in ["strategy", *path] if path[0] == "schedule" else path:
+            node = node.setdefault(field, {})
+        if node.setdefault("", value) != value:
+            raise UnmaskError(f"--set {key}={value}, and {node['']!r} as well; give one of them")
+    return tree
+
+
+def _check_once(own: Asked, settings: Mapping[str, Any]) -> None:
+    """Refuse a parameter that is given by the method's name for it and by its part's, too."""
+    for key in settings:
+        first, _, last = key.rpartition(".")
+        if last in own and first != "method" and key.split(".")[0] in METHOD_PARTS:
+            raise UnmaskError(f"--set method.{last} and --set {key} both set {last}; give one")
+
+
+def _arguments(name: str, own: Asked) -> dict[str, Any]:
+    """Keyword arguments of the named method, as asked."""
+    known = _parameters(name)
+    for key in own:
+        if key not in known:
+            allowed = ", ".join(f"method.{k}" for k in known) or "none"
             raise UnmaskError(
-                f"--set {key}: {type(current).__name__} has no {field!r}; there are "
-                f"{', '.join(dict.fromkeys(allowed)) or 'none'}, and --set {part}=<class> with "
-                f"{', '.join(_classes(part))}"
+                f"--set method.{key}: {name} has no parameter {key!r}; there are {allowed}, and "
+                f"the keys of its parts, which `unmask methods {name}` lists"
             )
-        current = _made(part, owners[0].__name__)
-    hints = typing.get_type_hints(type(current))
-    return replace(current, **{field: convert(value, hints[field], key)})
+    return {key: _value(*known[key], asked, f"method.{key}") for key, asked in own.items()}
 
 
-def _made(part: str, name: Any) -> Any:
+def _parameters(name: str) -> dict[str, tuple[Any, Any]]:
+    """The named method's own parameters: their defaults and types."""
+    build = getattr(methods, name)
+    hints, declared = typing.get_type_hints(build), inspect.signature(build).parameters
+    return {key: (p.default, hints[key]) for key, p in declared.items() if key != "budget"}
+
+
+def _changed(current: Any, base: type, asked: Asked, path: str) -> Any:
+    """`current` with the class and the fields that are asked for, all at once."""
+    inner = {field: more for field, more in asked.items() if field}
+    if "" in asked:
+        current = _made(base, asked[""], path)
+    elif base in OPEN and not inner.keys() <= _hints(type(current)).keys():
+        current = _fitting(base, inner) or current
+    hints = _hints(type(current))
+    for field in inner:
+        if field not in hints:
+            raise UnmaskError(_unknown(current, base, field, path))
+    return replace(
+        current,
+        **{
+            field: _value(getattr(current, field), hints[field], more, _join(path, field))
+            for field, more in inner.items()
+        },
+    )
+
+
+def _value(current: Any, hint: Any, asked: Asked, path: str) -> Any:
+    """A field's new value: a part, changed, or what was written as the type that it must be."""
+    for kind in (hint, *typing.get_args(hint)):
+        if kind in PARTS:
+            return _changed(current, kind, asked, path)
+    if deeper := [field for field in asked if field]:
+        raise UnmaskError(f"--set {path}.{deeper[0]}: {path} is a value and has no fields")
+    return convert(asked[""], hint, path)
+
+
+def _made(base: type, name: Any, path: str) -> Any:
     """The part of this name, with its defaults."""
-    known = {candidate.lower(): kind for candidate, kind in _classes(part).items()}
+    known = {candidate.lower(): kind for candidate, kind in _classes(base).items()}
     if str(name).lower() not in known:
-        raise UnmaskError(f"--set {part}={name}: there are {', '.join(_classes(part))}")
-    try:
-        return known[str(name).lower()]()
-    except TypeError as problem:
-        raise UnmaskError(
-            f"--set {part}={name}: {name} can't be made from defaults alone ({problem}); "
-            "build the method in Python"
-        ) from problem
+        raise UnmaskError(f"--set {path}={name}: there are {', '.join(_classes(base))}")
+    return known[str(name).lower()]()
 
 
-def _classes(part: str) -> dict[str, Any]:
-    """The concrete classes of a module of parts, by name."""
-    exported = {name: getattr(PARTS[part], name) for name in PARTS[part].__all__}
-    base = exported[part.capitalize()]
+def _fitting(base: type, fields: Asked) -> Any:
+    """The one class that has all these fields, or from which all others with them inherit."""
+    kinds = [kind for kind in _classes(base).values() if fields.keys() <= _hints(kind).keys()]
+    first = [kind for kind in kinds if not any(issubclass(kind, k) for k in kinds if k is not kind)]
+    return first[0]() if len(first) == 1 else None
+
+
+def _unknown(current: Any, base: type, field: str, path: str) -> str:
+    own = ", ".join(_join(path, each) for each in _hints(type(current))) or "none"
+    owners = [name for name, kind in _classes(base).items() if field in _hints(kind)]
+    other = (
+        f"{', '.join(owners)} {'have' if len(owners) > 1 else 'has'} one, chosen by "
+        f"--set {path}={owners[0]}"
+        if owners
+        else f"--set {path}=<class> chooses another of {', '.join(_classes(base))}"
+    )
+    return (
+        f"--set {_join(path, field)}: {type(current).__name__} has no {field!r}; "
+        f"there are {own}; {other}"
+    )
+
+
+def _walk(part: Any, path: str) -> dict[str, Any]:
+    """Every key of a part, with its value; a part within stands for itself by its class."""
+    found: dict[str, Any] = {}
+    for field in _hints(type(part)):
+        key, value = _join(path, field), getattr(part, field)
+        inner = isinstance(value, PARTS)
+        found[key] = type(value).__name__ if inner else value
+        found |= _walk(value, key) if inner else {}
+    return found
+
+
+def _join(path: str, field: str) -> str:
+    """A key as users write it: the schedule is at hand without its strategy."""
+    bare = not path or (path, field) == ("strategy", "schedule")
+    return field if bare else f"{path}.{field}"
+
+
+def _classes(base: type) -> dict[str, Any]:
+    """The library's concrete classes of a kind, by name."""
+    public = {name: getattr(unmask, name) for name in unmask.__all__}
     return {
         name: kind
-        for name, kind in exported.items()
-        if isinstance(kind, type) and issubclass(kind, base) and kind is not base
+        for name, kind in public.items()
+        if isinstance(kind, type) and issubclass(kind, base) and not inspect.isabstract(kind)
     }
 
 
-def _fields(kind: Any) -> list[str]:
-    return [f.name for f in fields(kind)] if is_dataclass(kind) else []
+def _hints(kind: Any) -> dict[str, Any]:
+    """A dataclass's fields and their types."""
+    if not is_dataclass(kind):
+        return {}
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}

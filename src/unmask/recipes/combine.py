@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from unmask.compose import compose
+from unmask.algebra import compose
 from unmask.delta import Delta
 from unmask.errors import UnmaskError
 from unmask.recipes import models

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ OPTIONS = {
     "seed": "seed",
     "output_dir": "out",
 }
+# What `peft` may put into the model.
+WRAPPERS = ("lora", "adalora", "ia3", "pfeiffer", "houlsby")
 # Training arguments that would undo what a run promises.
 RESERVED = {
     "disable_tqdm": "the run draws its own progress",
@@ -43,6 +46,7 @@ class RunConfig:
     task     a name from `unmask.recipes.tasks`; none for `train_file` or the embedded data
     model    a folder, a hub id, or (the default) the package that carries the embedded model
     budget   scalars (38000, "320K") or a share (0.001, "0.1%"); none: the method's own, or 38,000
+    peft     modules of another method to put into the model and choose from, "lora:r=8" say
     text     the text columns of `train_file`, one or two
     settings  the rest: fields of transformers.TrainingArguments, and dotted keys of the method
     save_at  shares of the budget at which a delta of the series is kept, in (0, 1]
@@ -55,6 +59,7 @@ class RunConfig:
     model: str = demo.MODEL[0]
     method: str = "id3"
     budget: Budget | str | None = None
+    peft: str | None = None
     data_dir: str | None = None
     train_file: str | None = None
     validation_file: str | None = None
@@ -103,6 +108,8 @@ class RunConfig:
             raise UnmaskError("--data-dir was given without --task; name the task to read there")
         if self.train_file is None and self.validation_file is not None:
             raise UnmaskError("--validation-file was given without --train-file; give both")
+        if self.peft is not None:
+            parse_wrapper(self.peft)
         for name in ("epochs", "max_length", "lr", "batch_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -138,7 +145,7 @@ class RunConfig:
         allowed = {k for k in hints if not k.startswith("_")} - RESERVED.keys() - OPTIONS.keys()
         chosen = dict(defaults)
         for key, value in self.settings.items():
-            if "." in key or key in METHOD_PARTS:
+            if key.partition(".")[0] in METHOD_PARTS:
                 continue
             if key in RESERVED:
                 raise UnmaskError(f"--set {key} isn't possible here: {RESERVED[key]}")
@@ -162,7 +169,7 @@ class RunConfig:
         return chosen
 
 
-METHOD_PARTS = ("heuristic", "strategy", "schedule", "scope")
+METHOD_PARTS = ("method", "heuristic", "strategy", "schedule", "scope")
 
 
 def parse_budget(budget: Budget | str | None) -> Budget:
@@ -184,16 +191,50 @@ def parse_budget(budget: Budget | str | None) -> Budget:
         ) from None
 
 
-def parse_setting(text: str) -> tuple[str, str]:
-    """`key=value` as a pair.
+def parse_settings(texts: Sequence[str]) -> dict[str, str]:
+    """Every `key=value` as an entry; a key has one value.
 
-    >>> parse_setting("schedule.every=10")
-    ('schedule.every', '10')
+    >>> parse_settings(["schedule.every=10", "max_steps=500"])
+    {'schedule.every': '10', 'max_steps': '500'}
     """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UnmaskError(f"--set {text!r}; write --set key=value, as in --set max_steps=500")
-    return key.strip(), value.strip()
+    settings: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not key:
+            raise UnmaskError(f"--set {text!r}; write --set key=value, as in --set max_steps=500")
+        if settings.setdefault(key, value) != value:
+            raise UnmaskError(f"--set {key}={value} and --set {key}={settings[key]}; give one")
+    return settings
+
+
+def parse_wrapper(text: str) -> tuple[str, dict[str, list[str]]]:
+    """`kind:key=value,key=value` in parts; a value with commas is several.
+
+    >>> parse_wrapper("lora:r=8,target=query,value")
+    ('lora', {'r': ['8'], 'target': ['query', 'value']})
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in WRAPPERS:
+        near = get_close_matches(kind, WRAPPERS, 1)
+        raise UnmaskError(
+            f"--peft {text!r}: nothing is called {kind!r}"
+            f"{f' (did you mean {near[0]!r}?)' if near else ''}; there are {', '.join(WRAPPERS)}, "
+            "with settings as in lora:r=8,target=all-linear"
+        )
+    options: dict[str, list[str]] = {}
+    for piece in rest.split(",") if rest else []:
+        key, equals, value = (part.strip() for part in piece.partition("="))
+        if equals and key in options:
+            raise UnmaskError(f"--peft {text}: {key} is given twice; write {key}=one,other for two")
+        if equals and key and value:
+            options[key] = [value]
+        elif options and key and not equals:
+            options[next(reversed(options))].append(key)
+        else:
+            raise UnmaskError(
+                f"--peft {text}: {piece!r} is no key=value; write as in lora:r=8,target=all-linear"
+            )
+    return kind, options
 
 
 def parse_levels(text: str) -> tuple[float, ...]:
@@ -211,7 +252,7 @@ def parse_levels(text: str) -> tuple[float, ...]:
         raise UnmaskError(f"--save-at {text!r}; write levels as in 10%,25%,50%,100%") from None
 
 
-def convert(value: Any, hint: Any, key: str) -> Any:
+def convert(value: Any, hint: Any, key: str, option: str = "--set") -> Any:
     """`value`, a string perhaps, as the type that `hint` asks for; refused if it isn't one."""
     kinds = _kinds(hint)
     if value is None or (isinstance(value, str) and value.lower() == "none"):
@@ -229,6 +270,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
                 continue
             if number == value or isinstance(value, str):
                 return number
+    if isinstance(value, str) and typing.get_args(hint) == (str, ...):
+        return tuple(part.strip() for part in value.split(","))
     structured = [kind for kind in kinds if kind in (dict, list, tuple)]
     if isinstance(value, str) and structured:
         try:
@@ -239,7 +282,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     if isinstance(value, tuple(structured)) or (isinstance(value, str) and str in kinds):
         return value
     names = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds if kind is not type(None)))
-    raise UnmaskError(f"--set {key}={value!r}: {key} must be {names}")
+    raise UnmaskError(f"{option} {key}={value!r}: {key} must be {names}")
 
 
 def _kinds(hint: Any) -> list[type]:
@@ -259,7 +302,5 @@ def _hints(owner: type) -> dict[str, Any]:
 
 
 def _near(key: str, allowed: set[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(key, sorted(allowed), 3)
+    near = get_close_matches(key, sorted(allowed), 3)
     return f"did you mean {' or '.join(near)}? " if near else ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from unmask.delta import Delta
 from unmask.errors import UnmaskError, UnmaskWarning
-from unmask.recipes import demo, hub
+from unmask.recipes import demo, hub, wrappers
 from unmask.recipes.data import Example
 from unmask.recipes.tasks import Task
 
@@ -76,8 +76,14 @@ def merge(model_name: str, delta: Delta, out: Path) -> Any:
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UnmaskError(f"{str(out)!r} exists and isn't empty; name another folder with --out")
-    model = built(model_name, delta)
+    inside = delta.info.get("peft")
+    if inside is not None:
+        wrappers.check_mergeable(inside)
+    model = _plain(model_name, delta)
+    tuner = None if inside is None else _wrapped(model, delta)
     delta.apply(model)
+    if tuner is not None:
+        model = tuner.merge_and_unload(safe_merge=True)
     model.save_pretrained(out)
     with contextlib.suppress(OSError, ValueError):  # a model without a tokenizer is whole too
         transformers.AutoTokenizer.from_pretrained(located(model_name)).save_pretrained(out)
@@ -85,6 +91,18 @@ def merge(model_name: str, delta: Delta, out: Path) -> Any:
 
 
 def built(model_name: str, delta: Delta) -> Any:
+    """The model that the delta was made on: the base, with its head and its other modules."""
+    model = _plain(model_name, delta)
+    if "peft" in delta.info:
+        _wrapped(model, delta)
+    return model
+
+
+def _wrapped(model: Any, delta: Delta) -> Any:
+    return wrappers.wrap(str(delta.info["peft"]), model, int(delta.info.get("steps") or 1))
+
+
+def _plain(model_name: str, delta: Delta) -> Any:
     """The base model, with a head for the delta's."""
     import transformers
 

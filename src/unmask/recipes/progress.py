@@ -16,6 +16,7 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 from unmask import Tuner
+from unmask.integrations.transformers import training_loss
 
 
 class ProgressBar(TrainerCallback):
@@ -49,9 +50,9 @@ class ProgressBar(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Remember the newest loss; without a terminal, say where the run stands."""
-        if not logs or "loss" not in logs:
+        if (loss := training_loss(logs)) is None:
             return
-        self.loss = f"{logs['loss']:.3f}"
+        self.loss = f"{loss:.3f}"
         if self.bar is None and state.global_step >= self.due:
             self.due = state.global_step + max(1, state.max_steps // 10)
             self.console.print(

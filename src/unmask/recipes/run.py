@@ -14,7 +14,7 @@ from rich.console import Console
 
 from unmask import Delta, Increment, Method, UnmaskError
 from unmask.recipes import choose, data, demo, models, presets, tasks
-from unmask.recipes.config import RunConfig, parse_budget
+from unmask.recipes.config import OPTIONS, RunConfig, parse_budget
 from unmask.recipes.data import Data
 from unmask.recipes.folder import CONFIG, METRICS, RunFolder
 
@@ -36,6 +36,11 @@ def train(
     """
     method = choose.method(config.method, parse_budget(config.budget), config.settings)
     _check_levels(config, method)
+    if config.peft is not None and config.method == choose.HEAD:
+        raise UnmaskError(
+            f"--peft {config.peft} is there to be chosen from, but --method {choose.HEAD} trains "
+            "the new head alone; leave one of them out"
+        )
     config = placed(config)
     folder = RunFolder(Path(str(config.out)))
     goes_on = resume and folder.is_run
@@ -87,6 +92,10 @@ def evaluate(run: str | Path) -> dict[str, Any]:
 
 def asked(given: Mapping[str, Any], *, resume: bool) -> RunConfig:
     """The config that the given fields make: new, or the resumed folder's varied by them."""
+    for key, option in OPTIONS.items():
+        if option in given and key in given.get("settings", ()):
+            name = option.replace("_", "-")
+            raise UnmaskError(f"--{name} and --set {key} are the same setting; give one of them")
     if resume and RunFolder(Path(given["out"])).is_run:
         return replace(saved(given["out"]), **given)
     return RunConfig(**given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import time
@@ -20,12 +21,12 @@ import unmask
 from unmask import Delta, Method, UnmaskError, attach
 from unmask.delta import fingerprint
 from unmask.integrations.transformers import UnmaskCallback
-from unmask.recipes import choose, models, presets
+from unmask.recipes import choose, models, presets, wrappers
 from unmask.recipes.config import RunConfig
 from unmask.recipes.data import Data
 from unmask.recipes.folder import PROGRESS, RunFolder, whole_folder
 from unmask.recipes.progress import ProgressBar
-from unmask.recipes.trainer import Recorder, RunTrainer
+from unmask.recipes.trainer import Ranks, Recorder, RunTrainer
 
 
 class Session:
@@ -39,6 +40,7 @@ class Session:
         model = self.loaded.model.to(self.arguments.device)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.inside = config.peft and wrappers.wrap(config.peft, model, self._steps())
         self.seconds = 0.0  # of training, in all the run's processes
         self.before = 0.0
 
@@ -59,6 +61,8 @@ class Session:
             train_fully=() if self.head_only else head,
             calibration=self._batches(),
         )
+        if hasattr(self.inside, "update_and_allocate"):
+            wrappers.check_ranked(self.loaded.model)
         kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(self.arguments)
         options |= {"lr": config.lr, "weight_decay": self.arguments.weight_decay}
         self.optimizer = self.tuner.optimizer(kind, **options)
@@ -68,7 +72,10 @@ class Session:
         self.checkpoint = str(checkpoints[-1]) if checkpoints else None
         self.bar = ProgressBar(self.tuner, console) if console else None
         recorder = Recorder(self.tuner, self.config.save_at, self.measure, self.keep_level)
-        callbacks = [UnmaskCallback(self.tuner), recorder, *([self.bar] if self.bar else [])]
+        callbacks: list[Any] = [UnmaskCallback(self.tuner)]
+        if hasattr(self.inside, "update_and_allocate"):  # before the recorder looks
+            callbacks.append(Ranks(self.inside, self.tuner, self.optimizer))
+        callbacks += [recorder, *([self.bar] if self.bar else [])]
         self.trainer = self._trainer(optimizers=(self.optimizer, None), callbacks=callbacks)
         if self.checkpoint is None:
             self.before = self.measure()[0]
@@ -117,25 +124,28 @@ class Session:
             # The head was the eligible part here; it is no change to the pretrained model.
             trained = dict(self.loaded.model.named_parameters())
             delta = Delta({}, {n: trained[n] for n in self.loaded.head}, base=fingerprint({}))
-        info = {
+        info: dict[str, Any] = {
             "base_model_name_or_path": self.config.model,
             "task": self.task.name,
             "head": models.described(self.loaded.model),
         }
+        if self.config.peft is not None:
+            info["peft"] = self.config.peft
         return replace(delta, info={**delta.info, **info})
 
     def report(self, delta: Delta) -> dict[str, Any]:
         """Everything a run is worth knowing for, as plain JSON."""
         value, values = self.measure()
         config, key = self.config, f"eval_{self.task.metric}"
-        head = sum(tensor.numel() for tensor in delta.full.values())
+        head = sum(delta.full[name].numel() for name in self.loaded.head)
         budget = 0 if self.head_only else self.tuner.budget
         return {
             "task": self.task.name,
             "model": config.model,
             "method": config.method,
+            "peft": config.peft,
             "budget": budget,
-            "active": delta.active,
+            "active": 0 if self.head_only else self.tuner.active,
             "trainable": budget + head,
             "head": head,
             "parameters": self.parameters,
@@ -174,6 +184,15 @@ class Session:
             "history": self.recorder.history,
             "series": self.recorder.series,
         }
+
+    def _steps(self) -> int:
+        """Optimiser steps of the run, as the trainer will count them."""
+        asked = self.arguments
+        if asked.max_steps > 0:
+            return asked.max_steps
+        batches = math.ceil(len(self.source.train) / asked.train_batch_size)
+        epoch = max(1, math.ceil(batches / asked.gradient_accumulation_steps))
+        return math.ceil(asked.num_train_epochs * epoch)
 
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self._clock

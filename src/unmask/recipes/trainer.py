@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from unmask import Tuner
+from unmask.integrations.transformers import training_loss
 from unmask.recipes.folder import PROGRESS, RunFolder, whole_folder, write_json
 
 
@@ -153,7 +154,9 @@ class Recorder(transformers.TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Note losses and metrics with the step and the scalars unmasked at it."""
-        kept = {k: v for k, v in (logs or {}).items() if k == "loss" or k.startswith("eval_")}
+        kept = {k: v for k, v in (logs or {}).items() if k.startswith("eval_")}
+        if (loss := training_loss(logs)) is not None:
+            kept["loss"] = loss
         noise = ("runtime", "per_second", "preparation_time")
         kept = {k: v for k, v in kept.items() if not k.endswith(noise)}
         if kept:
@@ -173,3 +176,33 @@ class Recorder(transformers.TrainerCallback):
                     "value": self.measure()[0],
                 }
             )
+
+
+class Ranks(transformers.TrainerCallback):
+    """AdaLoRA's own part of a step: ranks move between layers, and a checkpoint remembers how.
+
+    adalora  PEFT's tuner
+    """
+
+    KEPT = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+    def __init__(self, adalora: Any, tuner: Tuner, optimizer: torch.optim.Optimizer) -> None:
+        self.adalora, self.tuner = adalora, tuner
+        self.config = adalora.peft_config["default"]
+        optimizer.register_state_dict_post_hook(self._add)
+        optimizer.register_load_state_dict_pre_hook(self._take)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Prune by the gradients at hand; what is pruned is so for the tuner, too."""
+        self.adalora.update_and_allocate(state.global_step + 1)
+        self.tuner.reread()
+
+    def _add(self, _: Any, state: dict[str, Any]) -> None:
+        kept = {name: dict(getattr(self.adalora.rankallocator, name)) for name in self.KEPT}
+        state["ranks"] = {**kept, "pattern": self.config.rank_pattern}
+
+    def _take(self, _: Any, state: dict[str, Any]) -> None:
+        if (ranks := state.pop("ranks", None)) is not None:
+            self.config.rank_pattern = ranks["pattern"]
+            for name in self.KEPT:
+                setattr(self.adalora.rankallocator, name, ranks[name])
