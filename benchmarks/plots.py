@@ -58,10 +58,10 @@ def _step(data: Mapping[str, Any]) -> dict[str, Any]:
 def _training(data: Mapping[str, Any]) -> dict[str, Any]:
     from benchmarks.training import MODES
 
-    names = [MODES[mode].partition(",")[0] for mode in data["times"]]
+    names = [said.partition(",")[0] for said in MODES.values()]
     names[2:4] = ["unmask, dense", "unmask, streaming"]
-    time = [common.ratio(data["times"], mode, "bare") for mode in data["times"]]
-    memory = [data["memory"][mode] / 1e9 for mode in data["times"]]
+    time = [data["to_bare"][mode] for mode in MODES]
+    memory = [data["memory"][mode] / 1e9 for mode in MODES]
     return {
         "training-time": _bars(names, time, "time / bare forward + backward", "%.2f"),
         "training-memory": _bars(names, memory, "peak memory, GB", "%.2f"),

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,15 +37,16 @@ def dense_gradients(tuner: unmask.Tuner) -> Iterator[set[str]]:
     """The names of parameters that gradients of full size came for."""
     found: set[str] = set()
     intake = tuner._driver.intake
-    take = intake._take
+    stream = intake._stream
 
-    def taking(gradients: Mapping[int, Tensor]) -> None:
-        found.update(tuner.eligible.names[k] for k in gradients)
-        take(gradients)
+    def streaming(k: int, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            found.add(tuner.eligible.names[k])
+        stream(k, parameter)
 
-    intake._take = taking
+    intake._stream = streaming
     yield found
-    del intake._take
+    del intake._stream
 
 
 class Run:

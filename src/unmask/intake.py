@@ -2,8 +2,8 @@
 
 A gradient gets here in one of three ways with equal results. *Dense*: the training loop leaves
 full `.grad`s in the model, read when the step needs them. *Streaming*: each tensor's gradient is
-scored, gathered and freed the moment backward has produced it, so that no two need exist at once.
-*Sampled*: on steps that choose nothing, gradients come at the unmasked scalars alone, from
+scored, gathered and freed soon after backward has produced it, so that a few MB of them wait at a
+time. *Sampled*: on steps that choose nothing, gradients come at the unmasked scalars alone, from
 `sampled`; other steps, and what that can't do, stream.
 """
 
@@ -29,6 +29,7 @@ from unmask.slots import Change, Slots
 from unmask.strategies import Quota
 
 MODES = ("dense", "streaming", "sampled")
+TOGETHER = 1 << 21  # scalars; streamed gradients wait for each other, as each look has its cost
 LATE = (
     "this backward pass belongs to a forward pass made before the last optimizer step, or goes on "
     "after a selection was made; with gradients='sampled', run forward after optimizer.step() "
@@ -246,6 +247,7 @@ class Intake:
         self._seen: tuple[Any, ...] | None = None
         self._rounds: dict[int, int] = {}
         self._held: dict[int, Tensor] = {}  # sums that aren't complete
+        self._waiting: dict[int, Tensor] = {}  # those that are, to be taken together
         self._spent = False  # whether a choice has consumed gradients
         self.change = self.bad = None
         self._notes: tuple[dict[int, Tensor], dict[int, Tensor | None]] = ({}, {})
@@ -316,7 +318,11 @@ class Intake:
             self._held[k] = gradient  # scores need the sum
             return
         self._spent |= choosing
-        self._take({k: gradient})
+        if k in self._waiting:
+            self._take_waiting()
+        self._waiting[k] = gradient
+        if sum(map(torch.numel, self._waiting.values())) >= TOGETHER:
+            self._take_waiting()
         if self.sampled and gradient.dim() > 1 and self._draft is not None and self._draft.settled:
             self._whole.add(k)  # of one dimension it costs nothing, so that goes without saying
 
@@ -338,6 +344,10 @@ class Intake:
             self._rounds.setdefault(k, 0)
             if gradient is not None and self._draft is not None:
                 self._draft.add(k, gradient)
+
+    def _take_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        self._take(waiting)
 
     def _take(self, gradients: Mapping[int, Tensor]) -> None:
         if self._draft is None:
@@ -365,6 +375,7 @@ class Intake:
             self.forget()
         if self._draft is None and self.bad is None:
             self._draft = self._begin()
+        self._take_waiting()
         self._take(left)
         self._seen = seen
         self._finish()
