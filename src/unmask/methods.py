@@ -215,16 +215,16 @@ def describe(name: str) -> Description:
     """The named method's formula and source, from its docstring, and its memory, from its parts.
 
     >>> describe("pafi").memory
-    '32 bytes x B; no gradient to choose'
+    '28 bytes x B; no gradient to choose'
     """
     build = globals()[name]
     said, _, source = (inspect.getdoc(build) or "").partition("Source:")
     method: Method = build(budget=0.5)
-    # Values, base, position and index, AdamW's two moments.
+    # Value, gradient, base, position and index, AdamW's two moments, 4 bytes each.
     size = "N" if inspect.signature(build).parameters["budget"].default == 1.0 else "B"
-    memory = [f"32 bytes x {size}"]
+    memory = [f"28 bytes x {size}"]
     if isinstance(method.strategy, Repeat | Reselect):
-        memory.append("12 bytes for each scalar that left")
+        memory.append("8 bytes for each scalar that left")
     if method.heuristic.memory:
         memory.append(method.heuristic.memory)
     if not method.heuristic.uses_gradient:

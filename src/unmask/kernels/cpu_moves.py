@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
@@ -45,6 +46,8 @@ def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None
         _scatter(*table, index.numpy(), a, b, values.numpy(), places, where is not None)
 
     in_threads(work, shares(0, len(index)))
+    for run in runs:  # autograd has to learn of it
+        torch.autograd.graph.increment_version(run.tensor)
 
 
 def merge(

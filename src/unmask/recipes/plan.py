@@ -35,11 +35,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda")
 LORA_RANK = 8
 STEPS = 1000  # of a run, as far as a step's share of the budget depends on it
-# Bytes that a slot takes for the whole run: value, its gradient and its base, two int64 to find it.
-SLOT = 4 + 4 + 4 + 8 + 8
+# Bytes that a slot takes for the whole run: value, its gradient and its base, two int32 to find it.
+SLOT = 4 + 4 + 4 + 4 + 4
 # What a step adds while it lasts, as measured: for each slot its gradient in the making and the
 # next table; for each scalar that it chooses the candidates, twice as many, and their sorting.
-TABLE, CANDIDATE = 29, 80
+TABLE, CANDIDATE = 12, 108
 WORKSPACE = 1 << 20  # blocks of scores in the making, however large the model
 UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}} | {
     f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)
