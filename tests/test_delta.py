@@ -297,6 +297,7 @@ def test_a_senseless_config_is_refused(tmp_path: Path, change: dict[str, object]
         ("9" * 5000, "isn't JSON"),
         ("[]", "no unmask delta"),
         ('{"peft_type": "LORA", "r": 8}', "'LORA'"),
+        ('{"peft_type": "LORA", "task_type": null}', r"PEFT adapter of type LORA.*from_pretrained"),
         ('{"peft_type": "UNMASK", "format": 2}', "upgrade"),
         ('{"peft_type": "UNMASK", "format": 1}', "checksum"),
         ('{"peft_type": "UNMASK", "format": 1, "format": 1}', "checksum"),

@@ -366,7 +366,7 @@ def test_targets() -> None:
         ({"budget": -1}, "budget"),
         ({"method": "lora"}, "id3"),
         ({"method_kwargs": {"rank": 8}}, "rank"),
-        ({"gradients": "sampled"}, "streaming, dense"),
+        ({"gradients": "sampled"}, r"streaming, dense .*unmask\.attach"),
         ({"method_kwargs": {"schedule": {"kind": "Nope"}}}, "Nope"),
     ],
 )
@@ -527,6 +527,24 @@ def test_resuming_is_exact(name: str, tmp_path: Path) -> None:
     assert again.base_model.delta() == straight.base_model.delta()
 
 
+@pytest.mark.parametrize("remembers", [True, False])
+def test_a_memory_that_no_adapter_holds_is_missed(remembers: bool, tmp_path: Path) -> None:
+    heuristic = unmask.Accumulated(unmask.D3()) if remembers else unmask.D3()
+    method = unmask.Method(heuristic, unmask.Increment(), 40)
+    model = wrapped(method=method, budget=None)
+    train(model, 3)
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(bert(), str(tmp_path), is_trainable=True)
+    if remembers:
+        with pytest.warns(
+            unmask.UnmaskWarning, match="without what Accumulated remembers of its 3"
+        ):
+            train(again, 3)
+    else:
+        train(again, 3)
+    assert again.base_model.delta().active == 40
+
+
 # Several adapters
 
 
@@ -658,6 +676,17 @@ def test_a_delta_is_not_taken_for_an_adapter(headless: PeftModel, tmp_path: Path
     headless.base_model.delta("one").save(tmp_path)
     with pytest.raises(unmask.UnmaskError, match=r"unmask\.Delta"):
         PeftModel.from_pretrained(gpt(), str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["unmask", "lora"])
+def test_an_adapter_is_not_taken_for_a_delta(kind: str, tmp_path: Path) -> None:
+    own = kind == "unmask"
+    asked = config(steps=1) if own else peft.LoraConfig(r=2, target_modules=["query"])
+    get_peft_model(bert(), asked).save_pretrained(str(tmp_path))
+    remedy = f"PEFT adapter of type {kind.upper()}.*PeftModel.from_pretrained"
+    with pytest.raises(unmask.UnmaskError, match=remedy) as refused:
+        unmask.Delta.load(tmp_path)
+    assert ("base_model.delta()" in str(refused.value)) == own
 
 
 def test_the_adapter_as_a_delta(headless: PeftModel) -> None:
@@ -827,9 +856,10 @@ OTHER = os.environ.get("UNMASK_OTHER_PEFT")
 
 @pytest.mark.skipif(not OTHER, reason="set UNMASK_OTHER_PEFT to a folder with another peft")
 def test_another_peft() -> None:
-    """All of the above again, with the peft installed by `pip install --target FOLDER`."""
+    """This and `test_inside` again, with the peft installed by `pip install --target FOLDER`."""
     path = os.pathsep.join(filter(None, [OTHER, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "UNMASK_OTHER_PEFT": ""}
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_inside.py"))]
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

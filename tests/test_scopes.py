@@ -128,6 +128,12 @@ def test_allot_is_sainte_lague(groups: list[tuple[int, int, int]], data: st.Data
     assert allot(total, claims, least, most) == parts
 
 
+def test_allot_of_equal_claims() -> None:
+    """18 / (2·55 + 1) = 6 / (2·18 + 1): the first has it."""
+    claims, least, most = [0, 2, 13, 16, 18, 6], [11, 0, 0, 0, 0, 0], [11, 6, 40, 49, 56, 19]
+    assert allot(180, claims, least, most) == [11, 6, 40, 49, 56, 18]
+
+
 def test_allot_of_large_numbers() -> None:
     claims = [30_522 * 768, 768 * 768, 3072 * 768, 768] * 12
     parts = allot(320_000, claims, [0] * 48, claims)
@@ -149,7 +155,10 @@ def test_a_growing_budget_never_shrinks_a_part() -> None:
 # Bounded
 
 
-@pytest.mark.parametrize(("floor", "cap"), [(0, 1.0), (3, 1.0), (0, 10), (2, 9), (0.05, 0.25)])
+@pytest.mark.parametrize(
+    ("floor", "cap"),
+    [(0, 1.0), (3, 1.0), (0, 10), (2, 9), (0.05, 0.25), (0.01, 50), (0.5, 9), (20, 0.25)],
+)
 @pytest.mark.parametrize("case", [MLP, TRANSFORMER], ids=str)
 def test_bounds_hold_and_the_rest_is_the_best(floor: float, cap: float, case: Case) -> None:
     model, scores = gradient_scores(case)
@@ -168,7 +177,7 @@ def test_bounds_hold_and_the_rest_is_the_best(floor: float, cap: float, case: Ca
         order = scores[name].flatten().sort(descending=True, stable=True).indices.tolist()
         flat = scores[name].flatten()
         mine = [(-flat[i].item(), start + i, name, i) for i in order]
-        low = size(floor, count)
+        low = min(size(floor, count), size(cap, count))
         must += mine[:low]
         may += mine[low : max(low, size(cap, count))]
         start += count
@@ -199,11 +208,14 @@ def test_refused() -> None:
         first_choice(unmask.Bounded(cap=1))
     with pytest.raises(UnmaskError, match="leaves room"):
         first_choice(unmask.PerLayer(within=unmask.Bounded(cap=1)))
-    with pytest.raises(UnmaskError, match="above cap"):
-        unmask.Bounded(floor=0.5, cap=0.1)
-    for wrong in (-1, 1.5, True):
+    for floor, cap in ((0.5, 0.1), (5, 4)):
+        with pytest.raises(UnmaskError, match="above cap"):
+            unmask.Bounded(floor=floor, cap=cap)
+    for wrong in (-1, 1.5, True, float("nan")):
         with pytest.raises(UnmaskError, match="no floor or cap"):
             unmask.Bounded(cap=wrong)
+        with pytest.raises(UnmaskError, match="no floor or cap"):
+            unmask.Bounded(floor=wrong)
     with pytest.raises(UnmaskError, match="by='weight'"):
         unmask.PerTensor(by="weight")
     with pytest.raises(UnmaskError, match="rows=0"):

@@ -41,7 +41,7 @@ def _apportion(
         low, high = (rate, high) if given <= total else (low, rate)
         if given == total:
             break
-    parts = at(low)
+    parts = at(low * (1 - 1e-12))  # seats of equal claim are left over, for the first to have
     open_ = [(-c / (2 * p + 1), i) for i, (c, p) in enumerate(zip(claims, parts, strict=True))
              if c and p < most[i]]  # fmt: skip
     heapq.heapify(open_)

@@ -11,10 +11,15 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from unmask.errors import UnmaskError
 
 Patterns = str | Sequence[str]
+INSTEAD = (
+    "a quantised or sharded weight has none to choose from: train LoRA's scalars over it, "
+    "attach(peft.get_peft_model(model, LoraConfig()), ...), or load it unquantised, in bfloat16"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +71,10 @@ def find(
 ) -> tuple[Eligible, dict[str, nn.Parameter]]:
     """The eligible scalars, and the parameters to train in full, outside the budget.
 
-    Eligible is every floating-point parameter that requires a gradient, matches `include` and
-    neither `exclude` nor `train_fully`. Patterns are the shell's and speak of parameter names; a
-    tied parameter counts once, under its first name, and answers to every name it has.
+    Eligible is every plain floating-point parameter that requires a gradient, matches `include` and
+    neither `exclude` nor `train_fully`; quantised weights are passed over. Patterns are the shell's
+    and speak of parameter names; a tied parameter counts once, under its first name, and answers to
+    every name it has.
     """
     if not isinstance(model, nn.Module):
         raise UnmaskError(f"attach() was given {model!r} for its model; give a torch.nn.Module")
@@ -91,13 +97,23 @@ def find(
                     f"({', '.join(list(everything)[:3])}, ...); patterns are the shell's, "
                     "as in 'encoder.*.weight'"
                 )
+    for option, patterns in (("include", includes), ("train_fully", fully)):
+        for pattern in patterns:
+            found = [p for p in everything.values() if matches(p, [pattern])]
+            packed = [p for p in found if not is_plain(p)]
+            if packed and (option == "train_fully" or len(packed) == len(found)):
+                name, kind = aliases[id(packed[0])][0], type(packed[0]).__name__
+                raise UnmaskError(
+                    f"{option}={pattern!r} matches {name!r} ({kind}, {packed[0].dtype}), whose "
+                    f"scalars can't be trained; {INSTEAD}"
+                )
     whole = {n: p for n, p in everything.items() if matches(p, fully)}
     chosen = {
         n: p
         for n, p in everything.items()
         if n not in whole
         and p.requires_grad
-        and p.is_floating_point()
+        and is_plain(p)
         and matches(p, includes)
         and not matches(p, excludes)
     }
@@ -107,19 +123,21 @@ def find(
                 f"parameter {name!r} is on the meta device and has no values; "
                 "load the model's weights before attach()"
             )
-        if not parameter.is_floating_point():
-            raise UnmaskError(
-                f"train_fully matches {name!r} of dtype {parameter.dtype}, which can't be trained; "
-                "leave it out"
-            )
     if not chosen:
         frozen = sum(not p.requires_grad for p in everything.values())
         raise UnmaskError(
             f"no parameter is eligible: {len(everything)} parameters, {frozen} of them frozen "
             f"(requires_grad=False), {len(whole)} trained fully; widen include=, narrow exclude= "
-            "or unfreeze some"
+            "or unfreeze some" + ("" if all(map(is_plain, everything.values())) else f"; {INSTEAD}")
         )
     return Eligible(chosen), whole
+
+
+def is_plain(parameter: Tensor) -> bool:
+    """Whether its scalars lie in memory as numbers, one by one: not quantised, not sharded."""
+    if not parameter.is_floating_point():
+        return False
+    return is_lazy(parameter) or type(parameter.detach()) is Tensor
 
 
 def _listed(patterns: Patterns) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""From the model's gradients to the gradient of `values`: one step's choice, and what it trains.
+"""How the model's gradients get to the draft of the step's choice, in the order they come.
 
 A gradient gets here in one of three ways with equal results. *Dense*: the training loop leaves
 full `.grad`s in the model, read when the step needs them. *Streaming*: each tensor's gradient is
@@ -18,15 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unmask.draft import Draft
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError, UnmaskWarning
-from unmask.heuristics import Heuristic, Whole
-from unmask.kernels import Run, gather, scatter
-from unmask.methods import Method
-from unmask.scopes import Selector
-from unmask.select import NonFinite, Piece, others
-from unmask.slots import Change, Slots
-from unmask.strategies import Quota
+from unmask.select import NonFinite
+from unmask.slots import Change
 
 MODES = ("dense", "streaming", "sampled")
 TOGETHER = 1 << 21  # scalars; streamed gradients wait for each other, as each look has its cost
@@ -35,169 +31,6 @@ LATE = (
     "after a selection was made; with gradients='sampled', run forward after optimizer.step() "
     "and all backward passes before it, or give attach(..., gradients='streaming')"
 )
-
-
-class Draft:
-    """One step's choice in the making: give it gradients with `take`, then `finish`.
-
-    seen      what the heuristic keeps of the tensors, by position
-    step      the optimiser step that this is about
-    watching  whether the heuristic is to `observe` its gradients, also if nothing is chosen
-    notes     what it keeps instead, once the step takes place
-    """
-
-    def __init__(
-        self,
-        slots: Slots,
-        method: Method,
-        quota: Quota,
-        seen: dict[int, Tensor],
-        step: int,
-        watching: bool,
-    ) -> None:
-        self.slots, self.method, self.quota, self.seen = slots, method, quota, seen
-        self.step, self.watching = step, watching
-        self.notes: dict[int, Tensor | None] = {}
-        self.change: Change | None = None
-        self.best: Selector | None = None
-        self._gathers = False  # whether the selector gathers as it goes
-        self._surveys = type(method.heuristic).survey is not Heuristic.survey
-        self._taken = [False] * len(slots.eligible.names)
-        self._keep(_kept(slots, method, quota.drop))
-        masked = slots.eligible.total - len(self.kept)
-        count = min(quota.grow, masked)
-        if count and count == masked:
-            self._enter(others(slots.eligible.total, self.kept))
-        elif count:
-            self.best = method.scope.selector(count, method.heuristic, slots.eligible, self.kept)
-            if not method.heuristic.uses_gradient:  # so the choice is made before any is seen
-                self.best.offer(self._piece(k, None) for k in range(len(self._taken)))
-                chosen, _ = self._chosen()
-                self._enter(chosen)
-                self.best = None
-        elif quota.drop:
-            self.change = slots.replace(self.kept, method.strategy.rewinds)
-        if self.change is not None:
-            self._keep(self.change.index)
-        self.gradient = slots.base.new_zeros(len(self.kept))
-        self._gathers = getattr(self.best, "gathers", False) and slots.base.dtype == torch.float32
-
-    def _keep(self, kept: Tensor) -> None:
-        """Set the sorted global indices whose gradients are gathered, and their runs by tensor."""
-        self.kept = kept
-        self.runs = {k: (start, stop) for k, start, stop in self.slots.eligible.split(kept)}
-
-    @property
-    def needs_sums(self) -> bool:
-        """Whether it must get each tensor's gradient at once, summed over the step's passes."""
-        return self.best is not None or self.watching
-
-    @property
-    def settled(self) -> bool:
-        """Whether the step leaves the choice as it is, and needs no other gradients."""
-        return not self.needs_sums and self.change is None
-
-    def take(self, gradients: Mapping[int, Tensor]) -> None:
-        """Score and gather these tensors' gradients, by position; they aren't needed afterwards."""
-        gradients = {k: g.to_dense() if g.is_sparse else g for k, g in gradients.items()}
-        for k in gradients:
-            self._taken[k] = True
-        if not self._gathers:
-            offsets, runs = self.slots.eligible.offsets, self.runs
-            taken = [Run(g, offsets[k], *runs[k]) for k, g in gradients.items() if k in runs]
-            gather(taken, self.kept, self.gradient, add=True)
-        if self.watching:
-            for k, gradient in gradients.items():
-                self._observe(k, gradient)
-        if self.best is not None:
-            self.best.offer(self._piece(k, gradient) for k, gradient in gradients.items())
-
-    def add(self, k: int, gradient: Tensor) -> None:
-        """Add to the k-th tensor's kept scalars this part of their gradient."""
-        start, stop = self.runs[k]
-        self.gradient[start:stop] += gradient.to(self.gradient)
-
-    def finish(self, out: Tensor) -> Change | None:
-        """The new table, if the choice changes; into `out`, the gradient of `values` under it."""
-        # A finite sum tells as much in one pass and without a copy.
-        if not (torch.isfinite(self.gradient.sum()) or torch.isfinite(self.gradient).all()):
-            raise NonFinite("the unmasked scalars")
-        out.zero_()
-        missing = [k for k, taken in enumerate(self._taken) if not taken]
-        if self.watching:
-            for k in missing:
-                self._observe(k, None)
-        if self.best is not None:
-            self.best.offer(self._piece(k, None) for k in missing)
-            chosen, gradient = self._chosen()
-            change = self._enter(chosen)
-            out[change.at(chosen)] = gradient.to(out.dtype)
-        if not self.quota.drop and self.kept is self.slots.index:
-            run = Run(out, 0, 0, len(self.kept))
-            scatter([run], self.slots.position, self.gradient)  # positions stay when others enter
-        elif self.change is not None:
-            out[self.change.at(self.kept)] = self.gradient
-        return self.change
-
-    def _chosen(self) -> tuple[Tensor, Tensor]:
-        """The selector's best, and their gradients; if too few have a score that is a number,
-        the first of the others make up the rest."""
-        assert self.best is not None
-        chosen, gradient = self.best.best()
-        if lacking := self.best.count - len(chosen):
-            taken = torch.cat([self.kept, chosen]).sort().values
-            rest = others(self.slots.eligible.total, taken)[:lacking]
-            chosen, order = torch.cat([chosen, rest]).sort()
-            gradient = torch.cat([gradient, gradient.new_zeros(len(rest))])[order]
-        return chosen, gradient
-
-    def _enter(self, chosen: Tensor) -> Change:
-        """Let the chosen join those kept."""
-        if self.quota.drop:
-            index = torch.cat([self.kept, chosen]).sort().values
-            self.change = self.slots.replace(index, self.method.strategy.rewinds)
-        else:
-            self.change = self.slots.extend(chosen)
-        return self.change
-
-    def _piece(self, k: int, gradient: Tensor | None) -> Piece:
-        eligible = self.slots.eligible
-        theta = eligible.tensors[k].detach().reshape(-1)
-        grad = None if gradient is None else gradient.detach().reshape(-1)
-        seen = self.notes[k] if k in self.notes else self.seen.get(k)
-        if self._surveys:
-            seen = self.method.heuristic.survey(seen, self._whole(k, gradient))
-        seen = None if seen is None else seen.reshape(-1)
-        start, stop = self.runs.get(k, (0, 0))
-        taken = self.kept[start:stop].to(theta.device)
-        into = self.gradient[start:stop] if grad is not None and self._gathers else None
-        return Piece(eligible.names[k], eligible.offsets[k], theta, grad, taken, seen, into)
-
-    def _observe(self, k: int, gradient: Tensor | None) -> None:
-        """Let the heuristic note what it wants of a tensor's gradient."""
-        if gradient is not None and not torch.isfinite(gradient).all():
-            raise NonFinite(self.slots.eligible.names[k])
-        whole = self._whole(k, gradient)
-        self.notes[k] = self.method.heuristic.observe(self.seen.get(k), whole)
-
-    def _whole(self, k: int, gradient: Tensor | None) -> Whole:
-        eligible = self.slots.eligible
-        theta = eligible.tensors[k].detach()
-        if gradient is None:
-            gradient = theta.new_zeros(()).expand(theta.shape)  # takes no memory
-        share = len(self.slots.values) / eligible.total
-        return Whole(theta, gradient.detach(), eligible.names[k], self.step, share)
-
-
-def _kept(slots: Slots, method: Method, drop: int) -> Tensor:
-    """The current scalars less the `drop` of least worth, as the scope understands it."""
-    if not drop:
-        return slots.index
-    if drop >= len(slots):
-        return slots.index[:0]
-    worth = method.strategy.worth(slots.values.detach(), slots.base)[slots.position]
-    stay = method.scope.staying(slots.index, worth, len(slots) - drop, slots.eligible)
-    return slots.index[stay.sort().values]
 
 
 class Intake:

@@ -51,7 +51,7 @@ class Sampler:
                 if parameter is not None and id(parameter) in places
             ]
             if own and not isinstance(module, torch.jit.ScriptModule):
-                before, after = _Hook(self._stand_in, own), _Hook(_restore, own)
+                before, after = Hook(self._stand_in, own), Hook(_restore, own)
                 handles.append(module.register_forward_pre_hook(before))
                 handles.append(module.register_forward_hook(after, always_call=True))
         return [handle.remove for handle in handles]
@@ -206,10 +206,10 @@ class _Gate(torch.autograd.Function):
         return (None,) * (4 + len(leaves))
 
 
-class _Hook:
+class Hook:
     """A module hook that stays behind when the module is copied or pickled."""
 
-    def __init__(self, call: Callable[[nn.Module, Own], None], own: Own) -> None:
+    def __init__(self, call: Callable[[nn.Module, Any], None], own: Any) -> None:
         self.call, self.own = call, own
 
     def __call__(self, module: nn.Module, *_: Any) -> None:

@@ -63,16 +63,19 @@ class Bounded(Scope):
     """The best of the whole model, with at least `floor` and at most `cap` in every tensor.
 
     Both count scalars if they are ints and are shares of the tensor if they are floats, rounded
-    up. A budget that can't fill all floors fills them as far as it goes, best first; one that the
-    caps have no room for is an error. Memory for the length of a choice: the floors and twice the
-    budget.
+    up; in a tensor where the floor is above the cap, the cap holds. A budget that can't fill all
+    floors fills them as far as it goes, best first; one that the caps have no room for is an error.
+    Memory for the length of a choice: the floors and twice the budget.
     """
 
     floor: int | float = 0
     cap: int | float = 1.0
 
     def __post_init__(self) -> None:
-        if not _measure(self.floor, 1 << 62) <= _measure(self.cap, 1 << 62):
+        counts = [isinstance(bound, int) for bound in (self.floor, self.cap)]
+        for bound in (self.floor, self.cap):
+            _measure(bound, 0)  # refuses what is neither
+        if counts[0] == counts[1] and self.floor > self.cap:
             raise UnmaskError(f"floor={self.floor!r} is above cap={self.cap!r}; lower it")
 
     def selector(

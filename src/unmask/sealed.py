@@ -40,8 +40,14 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         exact = canonical(config) == data
     except (ValueError, RecursionError) as exc:
         raise _damaged(folder / CONFIG, f"it isn't JSON as unmask writes it: {exc}") from exc
-    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
-        kind = config.get("peft_type") if isinstance(config, dict) else None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if isinstance(kind, str) and "task_type" in config and "checksum" not in config:
+        raise UnmaskError(
+            f"'{folder}' holds a PEFT adapter of type {kind}, not a delta; load it with "
+            f"peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+            + (", whose base_model.delta() is the delta" if kind == PEFT_TYPE else "")
+        )
+    if kind != PEFT_TYPE:
         raise UnmaskError(f"'{folder}' holds no unmask delta: its peft_type is {kind!r}")
     if config.get("format") != FORMAT:
         raise UnmaskError(

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from unmask.delta import Delta, Sparse, fingerprint
+from unmask.draft import Draft
 from unmask.driver import Driver
 from unmask.eligible import Eligible, Patterns, find
 from unmask.errors import UnmaskError
 from unmask.fresh import random_parts
-from unmask.intake import Draft, Intake
+from unmask.intake import Intake
 from unmask.methods import Method
-from unmask.sampled import Sampler
+from unmask.processes import check_alike, check_unwrapped
+from unmask.sampled import Hook, Sampler
 from unmask.slots import Slots
 from unmask.slots import Values as Values
 
@@ -63,6 +65,7 @@ def attach(
         raise UnmaskError(
             f"attach() was given {method!r} for its method; give unmask.id3(budget=...), say"
         )
+    check_unwrapped(model)
     eligible, full = find(model, include, exclude, train_fully)
     if method.include != ("*",):
         eligible = _narrowed(eligible, find(model, method.include)[0], method)
@@ -113,6 +116,9 @@ class Tuner:
         if intake.sampled:
             self._undo += Sampler(self.slots, intake, self._settled).watch(model)
         self._calibrate(calibration)
+        if values is None and (gradients != "dense" or len(self.slots) or self._seen):
+            alike = Hook(self._with_others, [])
+            self._undo.append(model.register_forward_pre_hook(alike).remove)
         _attached[model] = weakref.ref(self)
 
     def __repr__(self) -> str:
@@ -340,6 +346,16 @@ class Tuner:
             return False
         watching = not self._final() and self.method.heuristic.watches(step)
         return not (watching or any(strategy.quota(step, len(self.slots), self.budget, self.steps)))
+
+    def _with_others(self, _: nn.Module, agreed: list[bool]) -> None:
+        """Before a forward pass: of several processes, all must be about to train the same."""
+
+        def state() -> list[Tensor]:
+            seen = [self._seen[k] for k in sorted(self._seen)]
+            return [self.slots.index, self.slots.values, *seen]
+
+        if not agreed and check_alike(self.gradients, state):
+            agreed.append(True)
 
     def _final(self) -> bool:
         """Whether the choice is made for good."""

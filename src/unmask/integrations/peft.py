@@ -77,7 +77,10 @@ class UnmaskConfig(PeftConfig):
             self.method = {**self.method, "budget": self.budget}
         self.method_kwargs = {k: _plain(v) for k, v in self.method_kwargs.items()}
         if self.gradients not in ("streaming", "dense"):
-            raise UnmaskError(f"gradients={self.gradients!r}; it is one of streaming, dense")
+            raise UnmaskError(
+                f"gradients={self.gradients!r}; in an UnmaskConfig it is one of streaming, dense "
+                "('sampled' is unmask.attach()'s)"
+            )
         self.build()
 
     @classmethod

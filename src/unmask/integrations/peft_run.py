@@ -7,6 +7,7 @@ gradients arrive, are consumed, and are gone: no one ever finds a `.grad` in the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from unmask.eligible import Eligible
+from unmask.errors import UnmaskError, UnmaskWarning
+from unmask.processes import wrapper
 from unmask.tuner import Tuner, Values
 
 
@@ -46,6 +49,12 @@ class Run:
 
     def enter(self) -> None:
         """A forward pass begins, of which there will be a backward pass."""
+        if wrapper() is not None:
+            raise UnmaskError(
+                "an UnmaskConfig consumes gradients before DistributedDataParallel averages them "
+                "over the processes; with several, use unmask.attach() on the plain model, and "
+                "wrap that"
+            )
         self.tuner.last_pass(self.streaming and _last())
         self.require(True)
 
@@ -78,6 +87,16 @@ class Run:
         state = {**self.tuner.state_dict(), "step": step, "updates": updates}
         state["slots"] = {**slots, "handed_out": torch.tensor(handed_out)}
         self.tuner.load_state_dict(state)
+        method = self.tuner.method
+        done = method.strategy.once and self.tuner.active >= self.tuner.budget
+        if not done and any(map(method.heuristic.watches, range(1, step + 1))):
+            warnings.warn(
+                f"adapter {self.name!r} goes on without what {type(method.heuristic).__name__} "
+                f"remembers of its {step} steps so far: an adapter doesn't hold that; "
+                "unmask.attach() and tuner.state_dict() do",
+                UnmaskWarning,
+                stacklevel=2,
+            )
 
     def progress(self) -> Tensor:
         """How far it has come."""

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from unmask.eligible import Eligible
+from unmask.eligible import INSTEAD, Eligible, is_plain
 from unmask.errors import UnmaskError
 
 ORIGINAL = "original_module"  # what PEFT's modules_to_save calls the module it copied
@@ -26,7 +26,7 @@ def verdict(config: Any, key: str) -> Any:
 
 
 def find(config: Any, model: nn.Module, own: str) -> Eligible:
-    """The floating-point parameters in targeted modules, less those in excluded ones."""
+    """The plain floating-point parameters in targeted modules, less those in excluded ones."""
     targeted, excluded, copies = set(), set(), set()
     for key, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -52,13 +52,14 @@ def find(config: Any, model: nn.Module, own: str) -> Eligible:
     chosen = {
         names[id(p)][0]: p
         for p in model.parameters()
-        if id(p) in names and p.is_floating_point() and matches(names[id(p)])
+        if id(p) in names and is_plain(p) and matches(names[id(p)])
     }
     if not chosen:
         raise UnmaskError(
             f"no parameter is eligible: target_modules={config.target_modules} reaches no "
-            "floating-point parameter (a quantised weight isn't one) that the method may choose; "
-            "widen target_modules=, or narrow exclude_modules= and modules_to_save="
+            "floating-point parameter that the method may choose; widen target_modules=, or narrow "
+            "exclude_modules= and modules_to_save="
+            + ("" if all(map(is_plain, model.parameters())) else f"; {INSTEAD}")
         )
     return Eligible(chosen)
 

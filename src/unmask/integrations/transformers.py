@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from unmask.delta import Delta, Sparse
 from unmask.errors import UnmaskError
+from unmask.processes import wrapper
 from unmask.tuner import Tuner
 
 
@@ -39,6 +40,7 @@ class UnmaskCallback(TrainerCallback):
                 f"UnmaskCallback was given {tuner!r}; give the tuner that attach() returned"
             )
         self.tuner = tuner
+        self._wrapper: nn.Module | None = None  # that the trainer has put around the model
         tuner.on_optimizer(lambda optimizer: _carry_state(tuner, optimizer))
         _speak_delta(tuner, tuner.model)
 
@@ -54,6 +56,14 @@ class UnmaskCallback(TrainerCallback):
             )
         if self.tuner.steps is None:
             self.tuner.steps = state.max_steps
+        if args.world_size > 1:  # the trainer then asks the wrapper for parameters
+
+            def follow(model: nn.Module, _: Any) -> None:
+                if "parameters" in vars(model) and (ddp := wrapper()) is not None:
+                    self._wrapper = ddp
+                    ddp.__dict__["parameters"] = vars(model)["parameters"]
+
+            self.tuner.on_detach(self.tuner.model.register_forward_pre_hook(follow).remove)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,6 +81,8 @@ class UnmaskCallback(TrainerCallback):
     ) -> None:
         """The model's parameters are all its parameters again."""
         kwargs["model"].__dict__.pop("parameters", None)
+        if self._wrapper is not None:
+            self._wrapper.__dict__.pop("parameters", None)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
