@@ -61,18 +61,15 @@ class TopK:
     def offer(self, pieces: Iterable[Piece]) -> None:
         """Look at these tensors. Raises NonFinite, after which this object is of no more use."""
         law = self.heuristic.power_law()
-        swept: list[Piece] = []
+        by_device: dict[torch.device, list[Piece]] = {}
         for piece in pieces:
-            compiled = law and piece.grad is not None and compiled_for(piece.theta, piece.grad)
-            if compiled:
-                swept.append(piece)
+            if law and piece.grad is not None and compiled_for(piece.theta, piece.grad):
+                by_device.setdefault(piece.theta.device, []).append(piece)
             elif law is None or piece.grad is not None or self._could_win(0.0, piece.offset):
                 self._walk(piece)
-        if law is None:
-            return
-        swept.sort(key=lambda piece: piece.offset)
-        for device in dict.fromkeys(piece.theta.device for piece in swept):
-            self._sweep([piece for piece in swept if piece.theta.device == device], law)
+        for swept in by_device.values():
+            assert law is not None
+            self._sweep(sorted(swept, key=lambda piece: piece.offset), law)
 
     def best(self) -> tuple[Tensor, Tensor]:
         """The chosen scalars' global indices, sorted, int64, and their gradients."""
@@ -103,7 +100,8 @@ class TopK:
                 found, left, bad = sweep.run(first, last, threshold, capacity, every, but)
                 if bad >= 0:
                     raise NonFinite(pieces[bad].name)
-                for index, theta, grad in found:
+                if found:
+                    index, theta, grad = (torch.cat(parts) for parts in zip(*found, strict=True))
                     self._keep(Scalars(theta, grad, "", 0, index), index, grad)
                 self._thin(2 * self.count)
                 ranges += left

@@ -246,23 +246,24 @@ def _sweep(  # type: ignore[no-untyped-def]
                 if count + n > out_index.size:
                     return count, at, -1
                 u = t
-                hits = np.int32(0)
-                for i in range(n):
-                    if i % FEW == 0:  # hits are rare: look at a few at a time, then at each
-                        some = min(FEW, n - i)
-                        hits = _hits(g[i : i + some], base[i : i + some], some, law, exp, cut)
-                    if hits == 0 or as_bits(g[i]) < low:
+                for part in range(0, n, FEW):  # hits are rare: a few at a time, then each
+                    some = min(FEW, n - part)
+                    near = _hits(
+                        g[part : part + some], base[part : part + some], some, law, exp, cut
+                    )
+                    if near == 0:
                         continue
-                    if not _could_win(g[i], base[i], law, exp, cut):
-                        continue
-                    scalar = at + i + shift
-                    while u < taken.size and taken[u] < scalar:
-                        u += 1
-                    if u == taken.size or taken[u] != scalar:
-                        out_index[count] = scalar
-                        out_theta[count] = read(t_at[k], t_half[k], here + i)
-                        out_grad[count] = read(g_at[k], g_half[k], here + i)
-                        count += 1
+                    for i in range(part, part + some):
+                        if as_bits(g[i]) < low or not _could_win(g[i], base[i], law, exp, cut):
+                            continue
+                        scalar = at + i + shift
+                        while u < taken.size and taken[u] < scalar:
+                            u += 1
+                        if u == taken.size or taken[u] != scalar:
+                            out_index[count] = scalar
+                            out_theta[count] = read(t_at[k], t_half[k], here + i)
+                            out_grad[count] = read(g_at[k], g_half[k], here + i)
+                            count += 1
         at += n
         seen = at
         while t < taken.size and taken[t] < at + shift:

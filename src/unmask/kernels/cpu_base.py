@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 INFINITE = 0x7F800000  # the bits of inf: a float32 is finite exactly if its magnitude's are below
 MAGNITUDE = np.int32(0x7FFFFFFF)
-SHARE = 1 << 15  # least scalars for which a second thread is worth waking
+SHARE = 1 << 15  # least scalars that a thread is given at a time
+PARTS = 8  # shares for each thread
 HALF = {torch.float32: False, torch.bfloat16: True}  # weights handled: whether they are 16 bits
 
 T = TypeVar("T")
@@ -37,16 +38,30 @@ def halves(tensors: Iterable[Tensor]) -> np.ndarray[Any, Any]:
 
 
 def shares(start: int, stop: int) -> list[tuple[int, int]]:
-    """The range in as many equal parts as torch uses threads, or fewer if it is short."""
-    parts = max(1, min(torch.get_num_threads(), (stop - start) // SHARE))
-    cuts = [start + (stop - start) * i // parts for i in range(parts + 1)]
+    """The range in equal parts, several for each thread that torch uses, or one if it is short."""
+    threads = torch.get_num_threads()
+    parts = min(threads * PARTS, (stop - start) // SHARE) if threads > 1 else 1
+    cuts = [start + (stop - start) * i // max(1, parts) for i in range(max(1, parts) + 1)]
     return list(pairwise(cuts))
 
 
 def in_threads(work: Callable[[int, int], T], ranges: list[tuple[int, int]]) -> list[T]:
-    """What the work returns for each range, done at once, the first by whoever calls."""
-    others = [_pool().submit(work, *share) for share in ranges[1:]]
-    return [work(*ranges[0]), *(other.result() for other in others)]
+    """What the work returns for each range. Threads take the next as they become free, since some
+    ranges have more to them than others, and some threads a core of their own."""
+    found: list[T | None] = [None] * len(ranges)
+    waiting = iter(range(len(ranges)))  # next() on it is atomic
+
+    def take() -> None:
+        for i in waiting:
+            found[i] = work(*ranges[i])
+
+    helpers = [_pool().submit(take) for _ in range(min(torch.get_num_threads(), len(ranges)) - 1)]
+    take()
+    # On a busy machine a helper may not have begun: then all is done, and it needn't.
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
+    return cast("list[T]", found)
 
 
 @cache

@@ -251,6 +251,7 @@ class _Step:
                     optimizer.step()
                 del drafted
                 optimizer.zero_grad()
+                self.model.zero_grad()  # with `dense`, gradients are in the model
         return Row(mode=self.mode, peak=meter.peak, **{kind: meter.most[kind] for kind in PARTS})
 
     def _arrived(self, parameter: Tensor) -> None:
