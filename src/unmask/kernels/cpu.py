@@ -8,8 +8,10 @@ known slack for any real exp, and integers compare in vector registers where pow
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,19 +111,30 @@ class Sweep:
         law, low, cut = _bounds(exp, eps, threshold)
         constants = law, np.float32(exp), np.float32(eps), np.int32(low), np.float32(cut)
 
+        rooms: dict[int, Any] = {}  # for candidates, one for each thread, as they aren't small
+        counts: list[int] = []
+
         def look(a: int, b: int) -> tuple[list[Tensor], int, int]:
-            index = np.empty(capacity, dtype=np.int64)
-            theta, grad = (np.empty(capacity, dtype=np.float32) for _ in range(2))
+            if sum(counts) > capacity:  # better raise the threshold first
+                return [], a, -1
+            room = rooms.get(threading.get_ident())
+            if room is None:
+                room = np.empty(capacity, dtype=np.int64), *np.empty((2, capacity), np.float32)
+                rooms[threading.get_ident()] = room
             where = *self._arrays, a, b, every, but
-            count, end, bad = _sweep(*where, *constants, index, theta, grad)
-            found = [torch.from_numpy(x[:count]) for x in (index, theta, grad)]
-            return found, end, bad
+            count, end, bad = _sweep(*where, *constants, *room)
+            counts.append(count)
+            return [torch.from_numpy(x[:count].copy()) for x in room], end, bad
 
         ranges = shares(start, stop)
         looked = in_threads(look, ranges)
-        left = [(end, b) for (_, b), (_, end, _) in zip(ranges, looked, strict=True) if end < b]
+        left: list[tuple[int, int]] = []
+        for (_, b), (_, end, _) in zip(ranges, looked, strict=True):
+            if end < b:  # right after another, they are one
+                first = left.pop()[0] if left and left[-1][1] == end else end
+                left.append((first, b))
         bad = max(bad for _, _, bad in looked)
-        return [found for found, _, _ in looked if len(found[0])], left, bad
+        return [found for found, _, _ in looked if found and len(found[0])], left, bad
 
 
 def _bounds(exp: float, eps: float, threshold: float) -> tuple[int, int, float]:
