@@ -148,7 +148,8 @@ class Draft:
             seen = self.method.heuristic.survey(seen, self._whole(k, gradient))
         seen = None if seen is None else seen.reshape(-1)
         start, stop = self.runs.get(k, (0, 0))
-        taken = self.kept[start:stop].to(theta.device)
+        taken = self.kept[start:stop]
+        taken = taken if taken.device == theta.device else taken.to(theta.device)
         into = self.gradient[start:stop] if grad is not None and self._gathers else None
         return Piece(eligible.names[k], eligible.offsets[k], theta, grad, taken, seen, into)
 

@@ -74,11 +74,13 @@ def _shared_out(runs: list[Run], *vectors: Tensor) -> Iterator[tuple[ModuleType,
 def compiled_for(*tensors: Tensor) -> ModuleType | None:
     """The module of compiled kernels that can work on these tensors where they lie, if any; on
     several GPUs at once none can."""
-    kinds = {tensor.device.type for tensor in tensors}
+    device = tensors[0].device
+    if any(tensor.device != device for tensor in tensors):
+        return None
     module = None
-    if kinds == {"cpu"}:
+    if device.type == "cpu":
         module = _cpu()
-    elif kinds == {"cuda"} and len({tensor.device for tensor in tensors}) == 1:
+    elif device.type == "cuda":
         module = _cuda()
     return module if module is not None and all(map(module.handles, tensors)) else None
 

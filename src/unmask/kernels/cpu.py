@@ -71,8 +71,10 @@ class Sweep:
         into: Sequence[Tensor | None],
         law: tuple[float, float],
     ) -> None:
-        like = taken[0][:0] if len({t.dtype for t in taken}) == 1 else torch.empty(0).long()
-        taken = [t.to(like.dtype) for t in taken]
+        like = taken[0][:0]
+        if any(t.dtype != like.dtype for t in taken):
+            taken = [t.long() for t in taken]
+            like = like.long()
         self._keep = (thetas, grads, taken, into)  # alive as long as their addresses are used
         self._law = law
         self._starts = np.array([0, *accumulate(map(len, thetas))], dtype=np.int64)
