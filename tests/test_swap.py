@@ -24,11 +24,9 @@ def threads() -> Iterator[None]:
     """Shares so small that even tiny moves are shared out."""
     before, share = torch.get_num_threads(), swap_cpu.SHARE
     torch.set_num_threads(3)
-    swap_cpu._pool.cache_clear()
     swap_cpu.SHARE = 1
     yield
     torch.set_num_threads(before)
-    swap_cpu._pool.cache_clear()
     swap_cpu.SHARE = share
 
 

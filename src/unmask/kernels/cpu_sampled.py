@@ -8,14 +8,14 @@ round is most of the work, and a few per cent of the dense product.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+from unmask.kernels.cpu_base import in_threads
 
 BLOCK = 64  # tokens turned round at once
 TILE = 16  # columns turned round together
@@ -48,25 +48,15 @@ def product(left: Tensor, right: Tensor, entries: Any, count: int, along: int) -
     cuts = [tokens * p // parts // BLOCK * BLOCK for p in range(parts)] + [tokens]
     kernel = _product if along == 0 else _product_along
 
-    def work(share: range) -> None:
-        for p in share:
+    def work(first: int, last: int) -> None:
+        for p in range(first, last):
             args = (a, b, shift, rows, columns, left_tiles, right_tiles, cuts[p], cuts[p + 1])
             kernel(*args, sums[p])
 
     width = TILE * (len(left_tiles) + len(right_tiles)) if along == 0 else 0
     heavy = tokens * (count + width) >= WORTH
-    threads = min(torch.get_num_threads(), parts) if heavy else 1
-    shares = [range(i, parts, threads) for i in range(threads)]
-    jobs = [_pool().submit(work, share) for share in shares[1:]]
-    work(shares[0])
-    for job in jobs:
-        job.result()
+    in_threads(work, [(p, p + 1) for p in range(parts)] if heavy else [(0, parts)])
     return torch.from_numpy(sums.sum(0))
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="unmask-sampled")
 
 
 @_compile

@@ -6,11 +6,8 @@ tensor costs would outweigh the work. The kernels are handed addresses instead.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +16,9 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from unmask.errors import UnmaskError
+from unmask.kernels.cpu_base import SHARE, in_threads
 from unmask.kernels.swap import Move
 
-SHARE = 1 << 15  # scalars that a thread takes at once
 WORD = {2: np.empty(0, np.uint16), 4: np.empty(0, np.uint32), 8: np.empty(0, np.uint64)}
 
 
@@ -43,32 +40,11 @@ def _run(kernel: Callable[..., bool], moves: Sequence[Move]) -> None:
         places = [(t.data_ptr(), t.numel(), at.data_ptr(), v.data_ptr()) for t, at, v in same]
         table = np.array(places, dtype=np.uint64).reshape(-1, 4)
         starts = np.cumsum([0, *(move.at.numel() for move in same)], dtype=np.int64)
-        if not _share_out(partial(kernel, table, starts, word), int(starts[-1])):
+        total = int(starts[-1])
+        ranges = [(at, min(at + SHARE, total)) for at in range(0, total, SHARE)]
+        if not all(in_threads(partial(kernel, table, starts, word), ranges)):
             # Only if someone wrote into a delta's own indices.
             raise UnmaskError("an index lies outside of its tensor; load the delta afresh")
-
-
-def _share_out(kernel: Callable[[int, int], bool], total: int) -> bool:
-    """Run the kernel over 0..total in shares, on several threads; whether all was well."""
-    shares = deque(range(0, total, SHARE))
-
-    def work() -> bool:
-        good = True
-        while shares:
-            with suppress(IndexError):  # another thread took the last one
-                start = shares.popleft()
-                good &= kernel(start, min(start + SHARE, total))
-        return good
-
-    helpers = [_pool().submit(work) for _ in range(min(torch.get_num_threads(), len(shares)) - 1)]
-    good = work()
-    # On a busy machine a helper may not have begun: then all is done, and it needn't.
-    return all([good, *(helper.result() for helper in helpers if not helper.cancel())])
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="unmask-swap")
 
 
 def _as_pointer(_: Any, address: Any, like: Any) -> Any:
