@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,9 +75,15 @@ def problem(
     return {"thetas": here(thetas), "grads": here(grads), "offsets": offsets, "taken": here(taken)}
 
 
-def sweep(given: dict[str, Any], exp: float, eps: float) -> Any:
-    into = [None] * len(given["thetas"])
-    return cuda.Sweep(*given.values(), into, (exp, eps))
+def runs(given: dict[str, Any]) -> list[tuple[int, int]]:
+    """Where each tensor's are among all that are taken."""
+    ends = list(accumulate(map(len, given["taken"])))
+    return list(pairwise([0, *ends]))
+
+
+def sweep(given: dict[str, Any], exp: float, eps: float, into: Tensor | None = None) -> Any:
+    tensors = given["thetas"], given["grads"], given["offsets"]
+    return cuda.Sweep(*tensors, torch.cat(given["taken"]), runs(given), into, (exp, eps))
 
 
 def scores(given: dict[str, Any], exp: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -97,17 +104,16 @@ def assert_found(given: dict[str, Any], exp: float, eps: float, thresholds: Sequ
     for threshold in thresholds:
         found, left, bad = this.run(0, this.total, threshold, this.total)
         assert (left, bad) == ([], -1)
-        got = torch.cat([f[0] for f in found]) if found else index[:0]
+        got = found[0]
         count = len(got)
         assert len(got.unique()) == count
         assert torch.isin(got, index).all()
         assert torch.isin(index[score >= threshold], got).all()
-        for f in found:
-            assert f[0].dtype == given["taken"][0].dtype
-            flat = torch.cat([x.float() for x in given["grads"]])
-            assert same_bits(f[2], flat[f[0].long() - given["offsets"][0]])
-            flat = torch.cat([x.float() for x in given["thetas"]])
-            assert same_bits(f[1], flat[f[0].long() - given["offsets"][0]])
+        assert got.dtype == given["taken"][0].dtype
+        flat = torch.cat([x.float() for x in given["grads"]])
+        assert same_bits(found[2], flat[got.long() - given["offsets"][0]])
+        flat = torch.cat([x.float() for x in given["thetas"]])
+        assert same_bits(found[1], flat[got.long() - given["offsets"][0]])
     return count
 
 
@@ -149,8 +155,8 @@ def test_a_sweep_in_a_tensor_beyond_32_bits() -> None:
     theta[at : at + 800], grad[at : at + 800] = 1.0, 0.25
     grad[[at + 7, at + 650]] = torch.tensor([-3.0, 5.0], dtype=torch.bfloat16, device=DEVICE)
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    this = cuda.Sweep([theta], [grad], [11], [none], [None], (1.0, 1.0))
-    ((index, _, found),), left, bad = this.run(at, at + 800, 1.0, 800)
+    this = cuda.Sweep([theta], [grad], [11], none, [(0, 0)], None, (1.0, 1.0))
+    (index, _, found), left, bad = this.run(at, at + 800, 1.0, 800)
     assert (left, bad) == ([], -1)
     order = index.argsort()
     assert (index[order] - 11).tolist() == [at + 7, at + 650]
@@ -236,7 +242,8 @@ def test_a_gradient_that_is_not_finite(dtype: torch.dtype, value: float) -> None
         if expected < 4:
             given["grads"][4][3] = value  # the first is named
         this = sweep(given, 2.0, 1.0)
-        assert this.run(0, this.total, 1e30, 100) == ([], [], expected)
+        found, left, bad = this.run(0, this.total, 1e30, 100)
+        assert (len(found[0]), left, bad) == (0, [], expected)
 
 
 @pytest.mark.usefixtures("small")
@@ -248,10 +255,10 @@ def test_too_many_candidates_are_looked_at_in_pieces() -> None:
     while ranges:
         found, left, bad = this.run(*ranges.pop(), -1.0, 20)
         assert bad == -1
-        assert not (found and left)
+        assert not (len(found[0]) and left)
         ranges += left
-        got += [f[0] for f in found]
-        held += [len(f[0]) for f in found]
+        got.append(found[0])
+        held.append(len(found[0]))
     assert torch.equal(torch.cat(got), torch.cat(got).sort().values) or DEVICE.type != "cpu"
     assert torch.equal(torch.cat(got).sort().values, index)
     assert max(held) <= 20 * cuda.ROOM
@@ -264,11 +271,10 @@ def test_some_blocks_and_then_the_others(every: int) -> None:
     this = sweep(given, 2.0, 1.0)
     index, _ = scores(given, 2.0, 1.0)
     ranges = [(0, 200), (200, this.total)]
-    first = [f for a, b in ranges for f in this.run(a, b, -1.0, 10**4, every)[0]]
-    got = [f[0] for f in first]
+    got = [this.run(a, b, -1.0, 10**4, every)[0][0] for a, b in ranges]
     if every > 1:
         assert sum(map(len, got)) < len(index)
-        got += [f[0] for a, b in ranges for f in this.run(a, b, -1.0, 10**4, 1, every)[0]]
+        got += [this.run(a, b, -1.0, 10**4, 1, every)[0][0] for a, b in ranges]
     assert torch.equal(torch.cat(got).sort().values, index)
 
 
@@ -277,17 +283,16 @@ def test_some_blocks_and_then_the_others(every: int) -> None:
 @pytest.mark.parametrize("index", INTEGERS)
 def test_gradients_of_the_taken_are_added_up(dtype: torch.dtype, index: torch.dtype) -> None:
     given = problem((300, 0, 129), [dtype] * 3, index)
-    into = [torch.randn(len(t), generator=seeded(7)).to(dtype).float() for t in given["taken"]]
-    into = here(into)
+    size = sum(map(len, given["taken"]))
+    into = torch.randn(size, generator=seeded(7)).to(dtype).float().to(DEVICE)
+    of = zip(runs(given), given["grads"], given["taken"], given["offsets"], strict=True)
     expected = [
-        (x + g[t.long() - o]).to(dtype).float()
-        for x, g, t, o in zip(into, given["grads"], given["taken"], given["offsets"], strict=True)
+        (into[start:stop] + g[t.long() - o]).to(dtype).float() for (start, stop), g, t, o in of
     ]
-    this = cuda.Sweep(*given.values(), [into[0], None, into[2]], (2.0, 1.0))
+    this = sweep(given, 2.0, 1.0, into)
     this.run(0, this.total, 1.0, 1000)
-    assert len(into[0]) > cuda.FEW
-    for k in (0, 2):
-        assert same_bits(into[k], expected[k])
+    assert size > cuda.FEW
+    assert same_bits(into, torch.cat(expected))
 
 
 # The whole selection
@@ -301,11 +306,12 @@ class Tied:
         return torch.randint(-2, 3, (n,), generator=generator).float()
 
 
-def pieces(given: dict[str, Any], into: Sequence[Tensor | None]) -> list[select.Piece]:
-    columns = (given[name] for name in ("offsets", "thetas", "grads", "taken"))
+def pieces(given: dict[str, Any], into: Tensor | None) -> list[select.Piece]:
+    columns = (given[name] for name in ("offsets", "thetas", "grads"))
+    kept = torch.cat(given["taken"])
     return [
-        select.Piece(str(k), o, theta, grad, taken, None, x)
-        for k, (o, theta, grad, taken, x) in enumerate(zip(*columns, into, strict=True))
+        select.Piece(str(k), o, theta, grad, kept, *run, into)
+        for k, (o, theta, grad, run) in enumerate(zip(*columns, runs(given), strict=True))
     ]
 
 
@@ -325,10 +331,10 @@ def test_the_selection_is_plain_torchs(
     run = cuda.Sweep.run
     monkeypatch.setattr(cuda.Sweep, "run", lambda *a: swept.append(1) or run(*a))
     for _ in range(2):
-        into = here([torch.zeros(len(t)) for t in given["taken"]])
+        into = torch.zeros(sum(map(len, given["taken"])), device=DEVICE)
         top = select.TopK(count, D3(exp, eps), DEVICE)
         top.offer(pieces(given, into))
-        found.append((*top.best(), torch.cat(into)))
+        found.append((*top.best(), into))
         if len(found) == 1:
             assert swept
             swept.clear()
@@ -339,18 +345,6 @@ def test_the_selection_is_plain_torchs(
 
 
 @pytest.mark.usefixtures("small")
-def test_indices_of_both_widths() -> None:
-    """Of tensors without any, they may be of another dtype."""
-    given = problem((90, 60), [torch.float32] * 2, index=torch.int32)
-    given["taken"][1] = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    index, score = scores(given, 2.0, 1.0)
-    this = sweep(given, 2.0, 1.0)
-    (found,), _, _ = this.run(0, this.total, float(score.max()), 99)
-    assert found[0].dtype == torch.int64
-    assert int(index[score.argmax()]) in found[0].tolist()
-
-
-@pytest.mark.usefixtures("small")
 def test_what_they_cannot_do_is_done_in_plain_torch() -> None:
     """Strided and float64 tensors among others."""
     given = problem((90, 60), (torch.float32, torch.float64), index=torch.int64)
@@ -358,7 +352,7 @@ def test_what_they_cannot_do_is_done_in_plain_torch() -> None:
     spread.copy_(given["grads"][0])
     given["grads"][0] = spread
     top = select.TopK(20, D3(), DEVICE)
-    top.offer(pieces(given, [None, None]))
+    top.offer(pieces(given, None))
     index, score = scores(given, 2.0, 1.0)
     assert top.best()[0].tolist() == index[score.topk(20).indices].sort().values.tolist()
 
@@ -368,7 +362,7 @@ def test_the_bad_tensor_is_named() -> None:
     given = problem((90, 60, 90), [torch.bfloat16] * 3)
     given["grads"][1][59] = math.nan
     with pytest.raises(select.NonFinite, match=r"^1$"):
-        select.TopK(20, D3(), DEVICE).offer(pieces(given, [None] * 3))
+        select.TopK(20, D3(), DEVICE).offer(pieces(given, None))
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the models are on the CPU")

@@ -140,18 +140,15 @@ class Draft:
         return self.change
 
     def _piece(self, k: int, gradient: Tensor | None) -> Piece:
-        eligible = self.slots.eligible
-        theta = eligible.tensors[k].detach().reshape(-1)
-        grad = None if gradient is None else gradient.detach().reshape(-1)
-        seen = self.notes[k] if k in self.notes else self.seen.get(k)
+        eligible, seen = self.slots.eligible, self.notes[k] if k in self.notes else self.seen.get(k)
         if self._surveys:
             seen = self.method.heuristic.survey(seen, self._whole(k, gradient))
-        seen = None if seen is None else seen.reshape(-1)
-        start, stop = self.runs.get(k, (0, 0))
-        taken = self.kept[start:stop]
-        taken = taken if taken.device == theta.device else taken.to(theta.device)
-        into = self.gradient[start:stop] if grad is not None and self._gathers else None
-        return Piece(eligible.names[k], eligible.offsets[k], theta, grad, taken, seen, into)
+        return Piece(
+            *(eligible.names[k], eligible.offsets[k], eligible.tensors[k], gradient),
+            *(self.kept, *self.runs.get(k, (0, 0))),
+            into=self.gradient if self._gathers else None,
+            seen=None if seen is None else seen.reshape(-1),
+        )
 
     def _observe(self, k: int, gradient: Tensor | None) -> None:
         """Let the heuristic note what it wants of a tensor's gradient."""

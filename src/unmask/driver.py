@@ -117,6 +117,8 @@ class Driver:
 
     def _read_gradient(self) -> Tensor | None:
         """What `values.grad` is: collected from the model, and in force once the optimiser asks."""
+        if self._stepping and self.intake.in_use:
+            return self.intake.gradient
         gradient = self.intake.collect()
         if gradient is None or not self._stepping:
             return gradient

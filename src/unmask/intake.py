@@ -71,7 +71,7 @@ class Intake:
         self.bad: str | None = None  # whose gradient isn't finite
         self.change: Change | None = None  # the choice of a collected gradient, not yet in force
         self._lock = threading.Lock()  # backward may run a thread a device
-        self._arrivals = 0
+        self._arrivals = self._used_at = 0
         self.forget()
 
     def forget(self) -> None:
@@ -86,9 +86,14 @@ class Intake:
         self._notes: tuple[dict[int, Tensor], dict[int, Tensor | None]] = ({}, {})
         self.used = False  # whether a step has used the collected gradient
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a step uses the collected gradient, and none has arrived since it began to."""
+        return self.used and self._used_at == self._arrivals
+
     def use(self) -> None:
         """The collected gradient is being used by a step; nothing is held for it any longer."""
-        self.used = True
+        self.used, self._used_at = True, self._arrivals
         self._held.clear()
         if self._whole and not self._told:
             self._told = True

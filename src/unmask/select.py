@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unmask.heuristics import Heuristic, Scalars
-from unmask.kernels import compiled_for
+from unmask.kernels import Run, compiled_for, gather
 
 RUN = 1 << 20  # scalars scored at once in plain torch
 FEW = 1 << 16  # candidates that one thread of a sweep may hold, at the least
@@ -27,20 +27,30 @@ class NonFinite(Exception):
 
 
 class Piece(NamedTuple):
-    """One tensor's part in a selection, all of it 1-D.
+    """One tensor's part in a selection.
 
-    taken  sorted global indices of its scalars that are out of the question
-    seen   what the heuristic keeps of it
-    into   where to add the gradients of `taken`, if the selector `gathers`: it has them in hand
+    theta, grad  in the tensor's own shape
+    kept  sorted global indices of scalars that are out of the question, this tensor's in
+          kept[start:stop]
+    into  an entry for each of `kept`: where to add their gradients, if the selector `gathers`, as
+          it has them in hand
+    seen  what the heuristic keeps of it, 1-D
     """
 
     name: str
     offset: int
     theta: Tensor
     grad: Tensor | None
-    taken: Tensor
-    seen: Tensor | None = None
+    kept: Tensor
+    start: int
+    stop: int
     into: Tensor | None = None
+    seen: Tensor | None = None
+
+    @property
+    def taken(self) -> Tensor:
+        """The flat indices, int64, of what is out of the question, on the tensor's device."""
+        return self.kept[self.start : self.stop].to(self.theta.device, torch.int64) - self.offset
 
 
 class TopK:
@@ -53,7 +63,7 @@ class TopK:
         self.heuristic = heuristic
         self.home = home  # where candidates are kept, whatever devices the tensors are on
         self.threshold = -math.inf  # the count-th best score so far; below it nothing matters
-        self.last = -1  # the largest index among those kept that score exactly the threshold
+        self.last = -1  # if the threshold is 0, the largest index of those kept that score 0
         # Candidates as (scores, indices, gradients).
         none = torch.empty(0, device=home)
         self._found: list[tuple[Tensor, ...]] = [(none, none.long(), none)]
@@ -61,15 +71,15 @@ class TopK:
     def offer(self, pieces: Iterable[Piece]) -> None:
         """Look at these tensors. Raises NonFinite, after which this object is of no more use."""
         law = self.heuristic.power_law()
-        by_device: dict[torch.device, list[Piece]] = {}
+        swept: dict[torch.device, list[Piece]] = {}
         for piece in pieces:
             if law and piece.grad is not None and compiled_for(piece.theta, piece.grad):
-                by_device.setdefault(piece.theta.device, []).append(piece)
-            elif law is None or piece.grad is not None or self._could_win(0.0, piece.offset):
+                swept.setdefault(piece.theta.device, []).append(piece)
+            elif law is None or piece.grad is not None or self._zero_could_win(piece.offset):
                 self._walk(piece)
-        for swept in by_device.values():
+        for some in swept.values():
             assert law is not None
-            self._sweep(sorted(swept, key=lambda piece: piece.offset), law)
+            self._sweep(sorted(some, key=lambda piece: piece.offset), law)
 
     def best(self) -> tuple[Tensor, Tensor]:
         """The chosen scalars' global indices, sorted, int64, and their gradients."""
@@ -84,65 +94,75 @@ class TopK:
 
     def _sweep(self, pieces: list[Piece], law: tuple[float, float]) -> None:
         """Let compiled code find what could win, then score only that."""
-        thetas, grads = ([getattr(p, name) for p in pieces] for name in ("theta", "grad"))
-        offsets, taken, into = ([p[i] for p in pieces] for i in (1, 4, 6))
-        module = compiled_for(*thetas, *grads)
+        thetas, offsets = [p.theta for p in pieces], [p.offset for p in pieces]
+        grads = [p.grad for p in pieces if p.grad is not None]
+        kept, into, runs = pieces[0].kept, pieces[0].into, [(p.start, p.stop) for p in pieces]
+        if kept.device != thetas[0].device:
+            for piece in pieces:
+                _gather(piece)
+            kept, into = kept.to(thetas[0].device), None
+        module = compiled_for(thetas[0])
         assert module is not None
-        sweep = module.Sweep(thetas, grads, offsets, taken, into, law)
+        sweep = module.Sweep(thetas, grads, offsets, kept, runs, into, law)
         capacity = max(FEW, min(2 * self.count, MANY))
         for every, but in self._rounds(sweep.total):
             ranges = [(0, sweep.total)]
             while ranges:
                 first, last = ranges.pop()
                 threshold = self.threshold
-                if threshold == 0.0 and sweep.first(first) > self.last:
-                    threshold = math.ulp(0.0)  # a later tie loses: only more than 0 will do
+                if threshold == 0.0 and not self._zero_could_win(sweep.first(first)):
+                    threshold = math.ulp(0.0)
                 found, left, bad = sweep.run(first, last, threshold, capacity, every, but)
                 if bad >= 0:
                     raise NonFinite(pieces[bad].name)
-                if found:
-                    index, theta, grad = (torch.cat(parts) for parts in zip(*found, strict=True))
+                index, theta, grad = found
+                if len(index):
                     self._keep(Scalars(theta, grad, "", 0, index), index, grad)
-                self._thin(2 * self.count)
+                    self._thin(2 * self.count)
                 ranges += left
+
+    def _zero_could_win(self, index: int) -> bool:
+        """Whether a score of 0 may be among the best, at this global index or a later one."""
+        return self.threshold < 0.0 or (self.threshold == 0.0 and index < self.last)
 
     def _rounds(self, total: int) -> Iterator[tuple[int, int]]:
         """(every, but) of each round of a sweep: blocks whose number is a multiple of `every` and
         none of `but`.
 
         Where there is no threshold yet, blocks from all over the model make one, so that few of the
-        others' scalars reach it, whatever the tensors' order.
+        others' scalars reach it, whatever the tensors' order: `count` times the growth a round, as
+        a rule.
         """
-        every = 1
-        if self.threshold == -math.inf:
-            growth = 64 if self.count < FEW // 64 else 8
-            while total // (every * growth) >= max(FEW // 4, 4 * self.count):
-                every *= growth
+        most = min(96, max(8, FEW // 2 // self.count))
+        left_out = total // max(FEW // 2, 4 * self.count)
+        rounds = 0
+        if self.threshold == -math.inf and left_out > 1:
+            rounds = math.ceil(math.log(left_out, most))
+        growth = int(left_out ** (1 / max(1, rounds)))
         but = 0
-        while every > 1:
-            yield every, but
-            every, but = every // growth, every
-        yield 1, but
+        for power in range(rounds, -1, -1):
+            yield growth**power, but
+            but = growth**power
 
     def _walk(self, piece: Piece) -> None:
         """Score a tensor whole, a run of it at a time."""
+        _gather(piece)
+        taken = piece.taken
+        weights = piece.theta.detach().reshape(-1)
         given = self.heuristic.uses_gradient and piece.grad is not None
-        if piece.into is not None and piece.grad is not None:
-            more = piece.grad[piece.taken - piece.offset].to(piece.into.device)
-            piece.into.copy_((piece.into + more).to(more.dtype))
-        for start in range(0, len(piece.theta), RUN):
-            flat = range(start, min(start + RUN, len(piece.theta)))
+        gradients = piece.grad.detach().reshape(-1) if given else None  # type: ignore[union-attr]
+        for start in range(0, len(weights), RUN):
+            flat = range(start, min(start + RUN, len(weights)))
             run = slice(flat.start, flat.stop)
-            theta = piece.theta[run].float()
-            grad = piece.grad[run] if given else torch.zeros_like(theta)  # type: ignore[index]
-            if given and not torch.isfinite(grad).all():
+            theta = weights[run].float()
+            grad = torch.zeros_like(theta) if gradients is None else gradients[run]
+            if gradients is not None and not torch.isfinite(grad).all():
                 raise NonFinite(piece.name)
             seen = None if piece.seen is None else piece.seen[run]
             scalars = Scalars(theta, grad.float(), piece.name, piece.offset, flat, seen)
             free = torch.ones(len(theta), dtype=torch.bool, device=theta.device)
-            bounds = piece.taken.new_tensor([piece.offset + flat.start, piece.offset + flat.stop])
-            low, high = torch.searchsorted(piece.taken, bounds).tolist()
-            free[piece.taken[low:high] - (piece.offset + flat.start)] = False
+            low, high = torch.searchsorted(taken, taken.new_tensor([run.start, run.stop])).tolist()
+            free[taken[low:high] - flat.start] = False
             self._keep(scalars, scalars.index, grad, free)
             self._thin(2 * self.count)
 
@@ -151,27 +171,32 @@ class TopK:
     ) -> None:
         """Score these scalars and keep those that could win."""
         score = self.heuristic.score(scalars).float()
-        keep = (score > self.threshold) | ((score == self.threshold) & (index < self.last))
-        if free is not None:
-            keep &= free
-        where = keep.nonzero().squeeze(1)
+        keep = score >= self.threshold
+        where = (keep if free is None else keep & free).nonzero().squeeze(1)
         grad = grad if grad.dtype == torch.float64 else grad.float()
-        self._found.append(tuple(x[where].to(self.home) for x in (score, index, grad)))
-
-    def _could_win(self, score: float, index: int) -> bool:
-        return score > self.threshold or (score == self.threshold and index < self.last)
+        self._found.append(
+            tuple(x.index_select(0, where).to(self.home) for x in (score, index.long(), grad))
+        )
 
     def _thin(self, room: int) -> None:
         """If more than `room` candidates are held, keep the best `count`, raise the threshold."""
         if sum(len(index) for _, index, _ in self._found) <= room:
             return
         score, index, grad = (torch.cat(parts) for parts in zip(*self._found, strict=True))
-        threshold = torch.topk(score, self.count, sorted=False).values.min()
-        above, tied = score > threshold, score == threshold
-        last = index[tied].sort().values[self.count - int(above.sum()) - 1]
-        keep = above | (tied & (index <= last))
-        self._found = [(score[keep], index[keep], grad[keep])]
-        self.threshold, self.last = float(threshold), int(last)
+        self.threshold = float(score.kthvalue(len(score) - self.count + 1).values)
+        best = (score >= self.threshold).nonzero().squeeze(1)
+        if len(best) > self.count:  # of equals, the first
+            best = best[ranked(score[best], index[best])[: self.count]]
+        self._found = [tuple(x.index_select(0, best) for x in (score, index, grad))]
+        if self.threshold == 0.0:
+            self.last = int(index[best][score[best] == 0.0].max())
+
+
+def _gather(piece: Piece) -> None:
+    """Add the tensor's gradients of what is out of the question to where they are wanted."""
+    if piece.into is not None and piece.grad is not None:
+        run = Run(piece.grad, piece.offset, piece.start, piece.stop)
+        gather([run], piece.kept, piece.into, add=True)
 
 
 def ranked(score: Tensor, index: Tensor) -> Tensor:

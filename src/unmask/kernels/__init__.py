@@ -75,14 +75,16 @@ def compiled_for(*tensors: Tensor) -> ModuleType | None:
     """The module of compiled kernels that can work on these tensors where they lie, if any; on
     several GPUs at once none can."""
     device = tensors[0].device
-    if any(tensor.device != device for tensor in tensors):
-        return None
     module = None
     if device.type == "cpu":
         module = _cpu()
     elif device.type == "cuda":
         module = _cuda()
-    return module if module is not None and all(map(module.handles, tensors)) else None
+    if module is not None:
+        for tensor in tensors:
+            if tensor.device != device or not module.handles(tensor):
+                return None
+    return module
 
 
 @cache

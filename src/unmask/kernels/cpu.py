@@ -22,6 +22,7 @@ from unmask.kernels.cpu_base import (
     HALF,
     INFINITE,
     MAGNITUDE,
+    SHARE,
     add,
     addresses,
     as_bits,
@@ -29,6 +30,7 @@ from unmask.kernels.cpu_base import (
     compiled,
     halves,
     in_threads,
+    magnitude,
     pointer,
     read,
     shares,
@@ -37,8 +39,8 @@ from unmask.kernels.cpu_moves import gather, merge, scatter
 
 __all__ = ["Sweep", "gather", "handles", "merge", "scatter"]
 
-BLOCK = 1024  # scalars bounded at once: they and what is made of them stay in the first cache
-FEW = 64  # scalars of a block with candidates that are looked at together
+BLOCK = 1024  # scalars bounded at once
+FEW, FEWER = 128, 32  # scalars of a block with candidates that are looked at together
 LOG_SLACK = 0.0861  # the most that L(x) lies below log2(x)
 ROUNDING = 1e-4  # of log2 in float32, per unit of (1 + |exp|), with room to spare
 SMALLEST = 1.2e-38  # the least normal float32
@@ -53,11 +55,12 @@ def handles(tensor: Tensor) -> bool:
 
 
 class Sweep:
-    """A pass over many 1-D tensors for scalars that could reach a threshold, in pieces of any size.
+    """A pass over many tensors for scalars that could reach a threshold, in pieces of any size.
 
     offsets  global index of each tensor's first scalar, ascending
-    taken    for each tensor, the sorted global indices that are out of the question
-    into     for each tensor, None or where to add the gradients of its `taken` on the way: float32,
+    kept     sorted global indices that are out of the question
+    runs     (start, stop) of each tensor's among them
+    into     None or float32, an entry for each of `kept`: where to add their gradients on the way,
              done for a range once it was run
     law      (exp, eps) of the score |g| / (|θ| + eps)^exp
     """
@@ -67,24 +70,20 @@ class Sweep:
         thetas: Sequence[Tensor],
         grads: Sequence[Tensor],
         offsets: Sequence[int],
-        taken: Sequence[Tensor],
-        into: Sequence[Tensor | None],
+        kept: Tensor,
+        runs: Sequence[tuple[int, int]],
+        into: Tensor | None,
         law: tuple[float, float],
     ) -> None:
-        like = taken[0][:0]
-        if any(t.dtype != like.dtype for t in taken):
-            taken = [t.long() for t in taken]
-            like = like.long()
-        self._keep = (thetas, grads, taken, into)  # alive as long as their addresses are used
+        self._keep = (thetas, grads)  # alive as long as their addresses are used
         self._law = law
-        self._starts = np.array([0, *accumulate(map(len, thetas))], dtype=np.int64)
+        self._starts = np.array([0, *accumulate(t.numel() for t in thetas)], dtype=np.int64)
         self._offsets = np.array(offsets, dtype=np.int64)
         self._arrays = (
             *(self._starts, self._offsets),
             *(addresses(grads), halves(grads), addresses(thetas), halves(thetas)),
-            *(addresses(taken), np.array([len(t) for t in taken], dtype=np.int64)),
-            np.array([0 if x is None else x.data_ptr() for x in into], dtype=np.uint64),
-            like.numpy(),
+            *(kept.numpy(), np.array(runs, dtype=np.int64)),
+            np.empty(0, dtype=np.float32) if into is None else into.numpy(),
         )
         self.total = int(self._starts[-1])
 
@@ -101,42 +100,42 @@ class Sweep:
         capacity: int,
         every: int = 1,
         but: int = 0,
-    ) -> tuple[list[list[Tensor]], list[tuple[int, int]], int]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[tuple[int, int]], int]:
         """Look at scalars [start, stop) of the tensors laid end to end, or rather at each block of
         them whose number is a multiple of `every` and none of `but`.
 
-        Returns candidates as [indices (int64), weights, gradients (float32)], the ranges left
+        Returns candidates as (indices (int64), weights, gradients (float32)), the ranges left
         unseen because more than `capacity` turned up on a thread, and the position of a tensor with
         a gradient that isn't finite, or -1.
         """
         exp, eps = self._law
         law, low, cut = _bounds(exp, eps, threshold)
         constants = law, np.float32(exp), np.float32(eps), np.int32(low), np.float32(cut)
+        rooms: dict[int, tuple[Any, ...]] = {}  # for candidates, one for each thread
+        used: dict[int, int] = {}
 
-        rooms: dict[int, Any] = {}  # for candidates, one for each thread, as they aren't small
-        counts: list[int] = []
-
-        def look(a: int, b: int) -> tuple[list[Tensor], int, int]:
-            if sum(counts) > capacity:  # better raise the threshold first
-                return [], a, -1
-            room = rooms.get(threading.get_ident())
-            if room is None:
+        def look(a: int, b: int) -> tuple[int, int]:
+            thread = threading.get_ident()
+            if thread not in rooms:
                 room = np.empty(capacity, dtype=np.int64), *np.empty((2, capacity), np.float32)
-                rooms[threading.get_ident()] = room
+                rooms[thread] = room
+            if sum(list(used.values())) > capacity:  # better raise the threshold first
+                return a, -1
             where = *self._arrays, a, b, every, but
-            count, end, bad = _sweep(*where, *constants, *room)
-            counts.append(count)
-            return [torch.from_numpy(x[:count].copy()) for x in room], end, bad
+            count, end, bad = _sweep(*where, *constants, *rooms[thread], used.get(thread, 0))
+            used[thread] = count
+            return end, bad
 
-        ranges = shares(start, stop)
+        ranges = shares(start, stop, SHARE * every)
         looked = in_threads(look, ranges)
         left: list[tuple[int, int]] = []
-        for (_, b), (_, end, _) in zip(ranges, looked, strict=True):
+        for (_, b), (end, _) in zip(ranges, looked, strict=True):
             if end < b:  # right after another, they are one
                 first = left.pop()[0] if left and left[-1][1] == end else end
                 left.append((first, b))
-        bad = max(bad for _, _, bad in looked)
-        return [found for found, _, _ in looked if found and len(found[0])], left, bad
+        found = zip(*([x[:n] for x in rooms[thread]] for thread, n in used.items()), strict=True)
+        index, theta, grad = (torch.from_numpy(np.concatenate(parts)) for parts in found)
+        return (index, theta, grad), left, max(bad for _, bad in looked)
 
 
 def _bounds(exp: float, eps: float, threshold: float) -> tuple[int, int, float]:
@@ -174,116 +173,132 @@ def _top(address, half, at, n):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _magnitudes(address, half, at, n, plus, out):  # type: ignore[no-untyped-def]
-    """|x| + plus, float32, of n numbers from `at` on, into `out`."""
-    if half:
-        x16 = carray(pointer(address), (at + n,), dtype=np.int16)[at : at + n]
-        for i in range(n):
-            out[i] = as_float((np.int32(x16[i]) << np.int32(16)) & MAGNITUDE) + plus
-    else:
-        x32 = carray(pointer(address), (at + n,), dtype=np.int32)[at : at + n]
-        for i in range(n):
-            out[i] = as_float(x32[i] & MAGNITUDE) + plus
-
-
-@compiled
-def _could_win(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
-    """Whether a score may reach the threshold that `cut` was made for."""
+def _lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
+    """How far a score is below the threshold that `cut` was made for: above 0 if it can't win."""
     if law == 0:
-        return g >= cut
+        return cut - g
     if law == 1:
-        return g >= cut * base
+        return cut * base - g
     if law == 2:
-        return g >= cut * (base * base)
+        return cut * (base * base) - g
     if law == -1:
-        return g * base >= cut
-    return np.float32(as_bits(g)) - exp * np.float32(as_bits(base)) >= cut
+        return cut - g * base
+    return cut - (np.float32(as_bits(g)) - exp * np.float32(as_bits(base)))
 
 
 @compiled
-def _hits(g, base, n, law, exp, cut):  # type: ignore[no-untyped-def]
-    """How many of n scalars could win; by the law outside of the loops, so that they vectorise."""
-    hits = np.int32(0)
+def _least(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
+    """The bits of the least that any of these scalars lacks, above 0 if none can win.
+
+    By the law outside of the loops, and as integers, so that they vectorise.
+    """
+    least = np.int32(INFINITE)
     if law == 0:
-        for i in range(n):
-            hits += np.int32(_could_win(g[i], base[i], 0, exp, cut))
+        for i in range(len(g)):
+            bits = as_bits(_lacking(magnitude(g[i]), eps, 0, exp, cut))
+            least = bits if bits < least else least
     elif law == 1:
-        for i in range(n):
-            hits += np.int32(_could_win(g[i], base[i], 1, exp, cut))
+        for i in range(len(g)):
+            bits = as_bits(_lacking(magnitude(g[i]), magnitude(t[i]) + eps, 1, exp, cut))
+            least = bits if bits < least else least
     elif law == 2:
-        for i in range(n):
-            hits += np.int32(_could_win(g[i], base[i], 2, exp, cut))
+        for i in range(len(g)):
+            bits = as_bits(_lacking(magnitude(g[i]), magnitude(t[i]) + eps, 2, exp, cut))
+            least = bits if bits < least else least
     elif law == -1:
-        for i in range(n):
-            hits += np.int32(_could_win(g[i], base[i], -1, exp, cut))
+        for i in range(len(g)):
+            bits = as_bits(_lacking(magnitude(g[i]), magnitude(t[i]) + eps, -1, exp, cut))
+            least = bits if bits < least else least
     else:
-        for i in range(n):
-            hits += np.int32(_could_win(g[i], base[i], ANY, exp, cut))
-    return hits
+        for i in range(len(g)):
+            bits = as_bits(_lacking(magnitude(g[i]), magnitude(t[i]) + eps, ANY, exp, cut))
+            least = bits if bits < least else least
+    return least
+
+
+@compiled
+def _least_at(g_at, g_half, t_at, t_half, at, n, law, exp, eps, cut):  # type: ignore[no-untyped-def]
+    """The same of n scalars from `at` on."""
+    g16 = carray(pointer(g_at), (at + n,), dtype=np.int16)[at:]
+    g32 = carray(pointer(g_at), (at + n,), dtype=np.int32)[at:]
+    t16 = carray(pointer(t_at), (at + n,), dtype=np.int16)[at:]
+    t32 = carray(pointer(t_at), (at + n,), dtype=np.int32)[at:]
+    if g_half and t_half:
+        return _least(g16, t16, law, exp, eps, cut)
+    if g_half:
+        return _least(g16, t32, law, exp, eps, cut)
+    if t_half:
+        return _least(g32, t16, law, exp, eps, cut)
+    return _least(g32, t32, law, exp, eps, cut)
 
 
 @compiled
 def _sweep(  # type: ignore[no-untyped-def]
-    starts, offsets, g_at, g_half, t_at, t_half, taken_at, taken_len, into_at,
-    like, start, stop, every, but, law, exp, eps, low, cut, out_index, out_theta, out_grad,
+    starts, offsets, g_at, g_half, t_at, t_half, kept, runs, into,
+    start, stop, every, but, law, exp, eps, low, cut, out_index, out_theta, out_grad, count,
 ):  # fmt: skip
-    """(number found, where it stopped, tensor with a gradient that isn't finite or -1).
+    """(number found, where it stopped, tensor with a gradient that isn't finite or -1); the first
+    `count` were found before.
 
     Loops over a block are kept free of branches so that they vectorise.
     """
-    count = 0
     out_theta, out_grad = out_theta.view(np.int32), out_grad.view(np.int32)
-    g = np.empty(BLOCK, dtype=np.float32)
-    base = np.empty(BLOCK, dtype=np.float32)
+    first = count  # that were found in whole blocks
     k = np.searchsorted(starts, start, side="right") - 1
     at, seen, t = start, -1, 0
     while at < stop:
         block = at // BLOCK
-        if block % every != 0 or (but > 0 and block % but == 0):
-            at = (block + 1) * BLOCK
+        skipped = -block % every
+        if skipped == 0 and but > 0 and block % but == 0:
+            skipped = every
+        if skipped > 0:
+            at = (block + skipped) * BLOCK
             continue
         while at >= starts[k + 1]:
             k += 1
         shift = offsets[k] - starts[k]  # from the place in the sweep to the global index
-        taken = carray(pointer(taken_at[k]), (taken_len[k],), like.dtype)
+        taken = kept[runs[k, 0] : runs[k, 1]]
         if seen != at or at == starts[k]:
             t = np.searchsorted(taken, at + shift)
-        into = carray(pointer(into_at[k]), (taken_len[k],), dtype=np.float32)
         n = min((block + 1) * BLOCK, stop, starts[k + 1]) - at
         here = at - starts[k]
         top = _top(g_at[k], g_half[k], here, n)
         if top >= INFINITE:
             return count, at, k
         if top >= low:
-            _magnitudes(g_at[k], g_half[k], here, n, np.float32(0), g)
-            _magnitudes(t_at[k], t_half[k], here, n, eps, base)
-            if _hits(g, base, n, law, exp, cut) > 0:
+            u = t
+            source = g_at[k], g_half[k], t_at[k], t_half[k]
+            for part in range(here, here + n, FEW):  # hits are rare: look ever closer
+                end = min(part + FEW, here + n)
+                if low > 1 and _top(g_at[k], g_half[k], part, end - part) < low:
+                    continue
+                if _least_at(*source, part, end - part, law, exp, eps, cut) > 0:
+                    continue
                 if count + n > out_index.size:
-                    return count, at, -1
-                u = t
-                for part in range(0, n, FEW):  # hits are rare: a few at a time, then each
-                    some = min(FEW, n - part)
-                    near = _hits(
-                        g[part : part + some], base[part : part + some], some, law, exp, cut
-                    )
-                    if near == 0:
+                    return first, at, -1
+                for near in range(part, end, FEWER):
+                    some = min(FEWER, end - near)
+                    if _least_at(*source, near, some, law, exp, eps, cut) > 0:
                         continue
-                    for i in range(part, part + some):
-                        if as_bits(g[i]) < low or not _could_win(g[i], base[i], law, exp, cut):
+                    for i in range(near, near + some):
+                        g = read(g_at[k], g_half[k], i) & MAGNITUDE
+                        base = as_float(read(t_at[k], t_half[k], i) & MAGNITUDE) + eps
+                        if g < low or not _lacking(as_float(g), base, law, exp, cut) <= 0:
                             continue
-                        scalar = at + i + shift
+                        scalar = i + offsets[k]
                         while u < taken.size and taken[u] < scalar:
                             u += 1
                         if u == taken.size or taken[u] != scalar:
                             out_index[count] = scalar
-                            out_theta[count] = read(t_at[k], t_half[k], here + i)
-                            out_grad[count] = read(g_at[k], g_half[k], here + i)
+                            out_theta[count] = read(t_at[k], t_half[k], i)
+                            out_grad[count] = read(g_at[k], g_half[k], i)
                             count += 1
+        first = count
         at += n
         seen = at
         while t < taken.size and taken[t] < at + shift:
-            if into_at[k] != 0:
-                place = taken[t] - offsets[k]
-                into[t] = add(into[t], read(g_at[k], g_half[k], place), g_half[k])
+            if into.size > 0:
+                bits = read(g_at[k], g_half[k], taken[t] - offsets[k])
+                into[runs[k, 0] + t] = add(into[runs[k, 0] + t], bits, g_half[k])
             t += 1
     return count, stop, -1

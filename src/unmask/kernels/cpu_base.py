@@ -37,10 +37,10 @@ def halves(tensors: Iterable[Tensor]) -> np.ndarray[Any, Any]:
     return np.array([HALF[t.dtype] for t in tensors], dtype=np.bool_)
 
 
-def shares(start: int, stop: int) -> list[tuple[int, int]]:
+def shares(start: int, stop: int, least: int = SHARE) -> list[tuple[int, int]]:
     """The range in equal parts, several for each thread that torch uses, or one if it is short."""
     threads = torch.get_num_threads()
-    parts = min(threads * PARTS, (stop - start) // SHARE) if threads > 1 else 1
+    parts = min(threads * PARTS, (stop - start) // least) if threads > 1 else 1
     cuts = [start + (stop - start) * i // max(1, parts) for i in range(max(1, parts) + 1)]
     return list(pairwise(cuts))
 
@@ -97,6 +97,20 @@ def as_bits(_context, _number):  # type: ignore[no-untyped-def]
         return builder.bitcast(arguments[0], context.get_value_type(types.int32))
 
     return types.int32(types.float32), generate
+
+
+@_intrinsic
+def magnitude(_context, bits):  # type: ignore[no-untyped-def]
+    """|x| of a float32's bits (int32) or a bfloat16's (int16), in vector registers' own width."""
+
+    def generate(context, builder, _, arguments):  # type: ignore[no-untyped-def]
+        word, found = context.get_value_type(types.int32), arguments[0]
+        if bits.bitwidth == 16:
+            found = builder.shl(builder.zext(found, word), word(16))
+        found = builder.and_(found, word(int(MAGNITUDE)))
+        return builder.bitcast(found, context.get_value_type(types.float32))
+
+    return types.float32(bits), generate
 
 
 @compiled

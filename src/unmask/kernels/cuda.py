@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.kernels import Run, reference
+from unmask.kernels import Run
 from unmask.kernels.triton_code import gather_kernel, scan_kernel, scatter_kernel
 
 BLOCK = 4096  # scalars that a program looks at: 16 for each of its threads
@@ -48,29 +48,29 @@ def try_out(device: str) -> None:
 
 
 class Sweep:
-    """As `cpu.Sweep`; all tensors on one device. The gradients of `taken` are added at once."""
+    """As `cpu.Sweep`; all tensors on one device. The gradients of `kept` are added at once."""
 
     def __init__(
         self,
         thetas: Sequence[Tensor],
         grads: Sequence[Tensor],
         offsets: Sequence[int],
-        taken: Sequence[Tensor],
-        into: Sequence[Tensor | None],
+        kept: Tensor,
+        runs: Sequence[tuple[int, int]],
+        into: Tensor | None,
         law: tuple[float, float],
     ) -> None:
         self._law, self._device, self._offsets = law, thetas[0].device, offsets
-        same = len({t.dtype for t in taken}) == 1
-        self._index_dtype = taken[0].dtype if same else torch.int64
-        taken = [t.to(self._index_dtype) for t in taken]
-        self._keep = (thetas, grads, taken)  # alive as long as their addresses are used
-        sizes = [len(theta) for theta in thetas]
+        self._index_dtype = kept.dtype
+        self._keep = (thetas, grads, kept)  # alive as long as their addresses are used
+        sizes = [theta.numel() for theta in thetas]
         self._starts = [0, *accumulate(sizes)]
-        wide = WIDE[self._index_dtype]
         self._block = BLOCK
+        wide = WIDE[self._index_dtype]
         self._how = {"BLOCK": BLOCK, "PART": PART, "WIDE": wide, "num_warps": WARPS}
         self._firsts = _firsts(sizes, BLOCK)
         self.total = self._starts[-1]
+        at, width = kept.data_ptr(), kept.element_size()
         self._table = _table(
             self._device,
             self._firsts[:-1],
@@ -79,16 +79,11 @@ class Sweep:
             offsets,
             *(_addresses(grads), [KIND[g.dtype] for g in grads]),
             *(_addresses(thetas), [KIND[t.dtype] for t in thetas]),
-            *(_addresses(taken), [len(t) for t in taken]),
+            *([at + width * start for start, _ in runs], [stop - start for start, stop in runs]),
         )
-        rows = []
-        for grad, offset, known, x in zip(grads, offsets, taken, into, strict=True):
-            run = Run(grad, offset, 0, len(known))
-            if x is not None and x.device == self._device:
-                rows.append((*_source(run, known), x.data_ptr(), 0))
-            elif x is not None:
-                reference.gather([run], known, x, add=True)
-        _launch(gather_kernel, self._device, rows, ADD=True, WIDE=wide)
+        if into is not None:
+            of = zip(grads, offsets, runs, strict=True)
+            gather([Run(grad, offset, *run) for grad, offset, run in of], kept, into, add=True)
 
     def first(self, place: int) -> int:
         """The least global index from this place of the sweep on."""
@@ -103,32 +98,34 @@ class Sweep:
         capacity: int,
         every: int = 1,
         but: int = 0,
-    ) -> tuple[list[list[Tensor]], list[tuple[int, int]], int]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[tuple[int, int]], int]:
         """As `cpu.Sweep.run`. If there were too many candidates, none, and both halves are left."""
         exp, eps = map(float, self._law)  # of another type, a kernel would be compiled anew
         limits = bounds(exp, eps, threshold)
         exp = 0.0 if limits[1] == -math.inf else exp  # the weight has no say, nor may it overflow
         first, last = -(-self._owner(start) // every), self._owner(stop - 1) // every
-        if first > last:
-            return [], [], -1
-        room = min(stop - start, (last - first + 1) * self._block, ROOM * capacity)
+        blocks = max(0, last - first + 1)
+        room = min(stop - start, blocks * self._block, ROOM * capacity)
         state = torch.zeros(2, dtype=torch.int64, device=self._device)
         index = torch.empty(room, dtype=self._index_dtype, device=self._device)
         theta, grad = torch.empty(2, room, device=self._device)
+        none = index[:0], theta[:0], grad[:0]
+        if not blocks:
+            return none, [], -1
         tensors = len(self._offsets)
         with torch.cuda.device_of(state):
-            scan_kernel[(last - first + 1,)](
+            scan_kernel[(blocks,)](
                 *(self._table, tensors, first, every, but, start, stop),
                 *(limits[0], exp, eps, *limits[1:], state, index, theta, grad, room),
                 **(self._how | HOW),
             )
         found, bad = state.tolist()  # the one moment at which the processor waits for the device
         if bad:
-            return [], [], tensors - bad
+            return none, [], tensors - bad
         if found > room:
             middle = (start + stop) // 2
-            return [], [(middle, stop), (start, middle)], -1  # the last of them is looked at first
-        return [[x[:found] for x in (index, theta, grad)]] if found else [], [], -1
+            return none, [(middle, stop), (start, middle)], -1  # the last is looked at first
+        return (index[:found], theta[:found], grad[:found]), [], -1
 
     def _owner(self, place: int) -> int:
         """The block that a place of the sweep is in."""
