@@ -1,8 +1,10 @@
 """A delta, saved, loaded, applied and undone, is exact to the bit; anything else is refused."""
 
+import copy
 import json
 import math
 import os
+import pickle
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from unmask import sealed
 from unmask.delta import Delta, Sparse, fingerprint
 from unmask.errors import UnmaskError
-from unmask.kernels import swap
+from unmask.kernels import swap, swap_cpu
 from unmask.layouts import LAYOUTS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,6 +46,11 @@ def state(model: nn.Module) -> dict[str, bytes]:
         name: tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
         for name, tensor in held
     }
+
+
+def bits_of(parameter: Tensor) -> Tensor:
+    """Its own memory as a vector of integers."""
+    return parameter.data.view(-1).view(INTEGER[parameter.element_size()])
 
 
 class Holder(nn.Module):
@@ -145,7 +152,7 @@ def test_a_delta_keeps_its_own_copy_of_whole_tensors():
     assert delta == twin
 
 
-def test_memory_order_does_not_matter():
+def test_memory_order_does_not_matter(kernels):
     model = network().to(memory_format=torch.channels_last)
     model["body"][2].weight = nn.Parameter(network()["body"][2].weight.detach().T.contiguous().T)
     assert not model["body"][2].weight.is_contiguous()
@@ -422,7 +429,13 @@ def test_applying_twice_is_named():
         delta.apply(model)
 
 
-def test_a_failure_halfway_is_rolled_back(monkeypatch):
+@pytest.fixture(params=[None, swap_cpu], ids=["plain", "compiled"])
+def kernels(request: pytest.FixtureRequest, monkeypatch) -> None:
+    """The exchange in plain torch and in compiled code."""
+    monkeypatch.setattr(swap, "compiled", lambda *_: request.param)
+
+
+def test_a_failure_halfway_is_rolled_back(monkeypatch, kernels):
     model, before, scatter = network(), state(network()), swap.scatter
     halfway = []
 
@@ -437,6 +450,99 @@ def test_a_failure_halfway_is_rolled_back(monkeypatch):
         network_delta().apply(model)
     assert halfway != [before]
     assert state(model) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wrong_base_is_left_bit_for_bit(dtype: torch.dtype, kernels):
+    delta = network_delta(dtype)
+    for name, part in delta.sparse.items():
+        for at in part.indices.tolist():
+            model = network(dtype)
+            bits_of(model.get_parameter(name))[at] ^= 1
+            versions = [p._version for p in model.parameters()]
+            before = state(model)
+            with pytest.raises(UnmaskError, match=r"wrong base.*another model or revision"):
+                delta.apply(model)
+            assert state(model) == before
+            assert [p._version for p in model.parameters()] == versions
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_undo_is_refused_where_a_weight_was_moved(dtype: torch.dtype, kernels):
+    model, base = network(dtype), state(network(dtype))
+    delta = network_delta(dtype)
+    undo = delta.apply(model)
+    for name, part in delta.sparse.items():
+        for at in part.indices.tolist():
+            bits_of(model.get_parameter(name))[at] ^= 1
+            before = state(model)
+            with pytest.raises(UnmaskError, match=f"wrong base.*{delta.after[:12]}"):
+                undo.apply(model)
+            assert state(model) == before
+            bits_of(model.get_parameter(name))[at] ^= 1
+    redo = undo.apply(model)
+    assert state(model) == base
+    with pytest.raises(UnmaskError, match="already applied"):
+        undo.apply(model)
+    assert redo == delta
+    assert redo.apply(model) == undo
+
+
+def test_an_undo_asks_the_model_and_not_the_delta(kernels):
+    model, delta = network(), network_delta()
+    base = state(model)
+    undo = delta.apply(model)
+    for part in delta.sparse.values():
+        part.values.zero_()  # someone's own business
+    undo.apply(model)
+    assert state(model) == base
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda undo: pickle.loads(pickle.dumps(undo))])
+def test_an_undo_can_be_copied(copied, kernels):
+    model, delta = network(), network_delta()
+    undo = copied(delta.apply(model))
+    assert undo.apply(model) == delta
+    assert state(model) == state(network())
+
+
+def test_frozen_parameters_and_whole_integers_come_and_go(kernels):
+    model = network().requires_grad_(False)
+    model["head"].register_buffer("scale", torch.tensor([1, -2, 127], dtype=torch.int8))
+    before = state(model)
+    scale = torch.tensor([-128, 0, 5], dtype=torch.int8)
+    delta = changed(model, {"body.2.weight": [0, 3]}, buffers={"head.scale": scale})
+    undo = delta.apply(model)
+    assert torch.equal(model["head"].scale, scale)
+    assert undo.apply(model) == delta
+    assert state(model) == before
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_that_renames_its_parameters_is_asked_for_them():
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def named_parameters(self, *args, **rest):
+            return self.inner.named_parameters(*args, **rest)
+
+        def named_buffers(self, *args, **rest):
+            return self.inner.named_buffers(*args, **rest)
+
+    model = Renamed()
+    network_delta().apply(model).apply(model)
+    assert state(model.inner) == state(network())
+
+
+def test_a_name_with_dots_is_taken_whole():
+    model = Holder({name: torch.zeros(2) for name in ("", ".", "a", ".a", "a.", "a..b", "b.c")})
+    for name in list(model._parameters):
+        changed(model, {name: [1]}).apply(model)
+        assert [n for n, p in model._parameters.items() if p.any()] == [name]
+        with torch.no_grad():
+            model._parameters[name].zero_()
 
 
 def test_writing_is_noticed_by_autograd():

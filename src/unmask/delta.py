@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from unmask import sealed
 from unmask.errors import UnmaskError
+from unmask.kernels.swap import Exchange, gather
 from unmask.layouts import LAYOUTS, Content
-from unmask.sparse import Sparse, bits, describe, fingerprint, read, write
+from unmask.sparse import Sparse, bits, blank, describe, fingerprint, held_by, moves, target
 
 __all__ = ["Delta", "Row", "Sparse", "fingerprint"]
 
@@ -157,9 +157,11 @@ class Delta:
     def apply(self, model: nn.Module, instead_of: Delta | None = None) -> Delta:
         """Write the delta into `model`, in place, and return the Delta that undoes it bit for bit.
 
-        All or nothing: everything is verified before anything is written, and a failure on the way
-        is rolled back. Applying the undo returns this very delta again. `instead_of` is the undo of
-        another delta, which goes as this one comes; if this one is refused, that one stays.
+        All or nothing: whatever is refused or interrupted leaves the model as it was, bit for bit.
+        (Compiled code writes as it reads, and takes it back if the base proves wrong: for that
+        instant another thread could see it.) Applying the undo returns this very delta again.
+        `instead_of` is the undo of another delta, which goes as this one comes; if this one is
+        refused, that one stays.
         """
         if instead_of is not None:
             other = instead_of.apply(model)
@@ -169,18 +171,30 @@ class Delta:
                 other.apply(model)
                 raise
         with torch.no_grad():
-            targets = self._targets(model)
-            before = self._before(targets)
-            full = {name: targets[name] for name in self.full}
-            buffers = {name: targets[name] for name in self.buffers}
-            undo = Delta(before, full, buffers, base=self.after, info=self.info)
-            vars(undo)["after"] = self.base  # known already; spares the undo a pass
-            try:
-                self._write(targets)
-            except BaseException:  # an interrupt halfway, or a device out of memory
-                undo._write(targets)
-                raise
-            return undo
+            return self._swap(self._targets(model), vars(self).get("_undoes"))
+
+    def _swap(
+        self, targets: Mapping[str, Tensor], known: Mapping[str, Sparse] | None = None
+    ) -> Delta:
+        """As `apply`. An undo has `known`: what it takes away, there unless someone moved it."""
+        before = known or blank(self.sparse)
+        full = {name: targets[name] for name in self.full}
+        buffers = {name: targets[name] for name in self.buffers}
+        undo = Delta(before, full, buffers, base=self.after, info=self.info)
+        vars(undo).update(after=self.base, _undoes=self.sparse)  # as is known already
+        with ExitStack() as rollback:
+            exchange = Exchange(moves(self.sparse, targets, before), bool(known))
+            rollback.callback(exchange.revert)  # also after an interrupt, or out of memory
+            if not exchange.start():  # the fingerprint says what is wrong
+                rollback.close()
+                return self._swap(targets)
+            if not known:
+                self._check(before)
+            rollback.callback(undo._write_whole, targets)
+            self._write_whole(targets)
+            exchange.finish()
+            rollback.pop_all()
+        return undo
 
     def verify(self, model: nn.Module) -> dict[str, Sparse]:
         """Return what `model` holds at the changed positions, refused unless it is the base.
@@ -189,38 +203,32 @@ class Delta:
         """
         scalars = Delta(self.sparse, base=self.base, info=self.info)
         with torch.no_grad():
-            return scalars._before(scalars._targets(model))
+            found = blank(self.sparse)
+            gather(moves(found, scalars._targets(model), found))
+            self._check(found)
+            return found
 
-    def _before(self, targets: Mapping[str, Tensor]) -> dict[str, Sparse]:
-        before = read(self.sparse, targets)
-        if (found := fingerprint(before)) != self.base:
-            raise UnmaskError(self._wrong_base(found))
-        return before
+    def _check(self, found: Mapping[str, Sparse]) -> None:
+        if (other := fingerprint(found)) != self.base:
+            raise UnmaskError(self._wrong_base(other))
 
-    def _write(self, targets: Mapping[str, Tensor]) -> None:
-        write(self.sparse, targets)
+    def _write_whole(self, targets: Mapping[str, Tensor]) -> None:
         for name, tensor in {**self.full, **self.buffers}.items():
             bits(targets[name]).copy_(bits(tensor))
 
     def _targets(self, model: nn.Module) -> dict[str, Tensor]:
         """Find the tensors of `model` that the delta changes; all are fit to be written to."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        buffers = dict(model.named_buffers(remove_duplicate=False))
+        parameters = held_by(model, "parameters", [*self.sparse, *self.full])
         targets = {
-            name: _target(parameters, name, part.shape, part.values.dtype)
+            name: target(parameters, name, part.shape, part.values.dtype)
             for name, part in self.sparse.items()
         }
+        buffers = held_by(model, "buffers", self.buffers)
         for held, whole in ((parameters, self.full), (buffers, self.buffers)):
             for name, tensor in whole.items():
-                targets[name] = _target(held, name, tuple(tensor.shape), tensor.dtype)
-        owners: dict[tuple[torch.device, int], str] = {}
-        for name, tensor in targets.items():
-            owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
-            if owner != name and tensor.numel():
-                raise UnmaskError(
-                    f"the delta changes {owner!r} and {name!r} separately, but they are one tied "
-                    "tensor in this model; untie them as in the model that the delta was made on"
-                )
+                targets[name] = target(held, name, tuple(tensor.shape), tensor.dtype)
+        if len({tensor.data_ptr() for tensor in targets.values()}) < len(targets):
+            _refuse_ties(targets)
         return targets
 
     def _wrong_base(self, found: str) -> str:
@@ -243,35 +251,12 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _target(
-    held: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """Find the tensor `name`, refused unless the delta's bits can be written straight into it."""
-    if name not in held:
-        near = difflib.get_close_matches(name, held, 1)
-        raise UnmaskError(
-            f"the delta changes {name!r}, which this model doesn't have"
-            f"{f' (it has {near[0]!r})' if near else ''}; apply it to the unwrapped architecture "
-            "that it was made on"
-        )
-    if is_lazy(held[name]) or held[name].is_meta:
-        raise UnmaskError(f"{name!r} holds no data yet; load the weights before the delta")
-    tensor = held[name].detach()
-    usable = type(tensor) is Tensor and tensor.dtype == dtype and tensor.shape == shape
-    if usable and tensor.is_contiguous():  # almost always
-        return tensor
-    plain = type(tensor) is Tensor and not (
-        dtype.is_floating_point and not tensor.is_floating_point()
-    )
-    if not plain:
-        remedy = "it is quantised or sharded: apply the delta to the plain model first"
-    elif tuple(tensor.shape) != shape:
-        remedy = "apply the delta to a model of its base's sizes (vocabulary, classes)"
-    elif tensor.dtype != dtype:
-        remedy = f"load the base in {dtype}, apply the delta, then cast"
-    elif any(size > 1 and not step for size, step in zip(shape, tensor.stride(), strict=True)):
-        remedy = "it is an expanded view, one scalar seen many times: clone it first"
-    else:
-        return tensor
-    asked = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-    raise UnmaskError(f"{name!r} is {asked} in the delta, {describe(tensor)} here; {remedy}")
+def _refuse_ties(targets: Mapping[str, Tensor]) -> None:
+    owners: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in targets.items():
+        owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
+        if owner != name and tensor.numel():
+            raise UnmaskError(
+                f"the delta changes {owner!r} and {name!r} separately, but they are one tied "
+                "tensor in this model; untie them as in the model that the delta was made on"
+            )

@@ -1,23 +1,34 @@
-"""Scalars of one tensor by position, and the fingerprint of many: bits, never floats."""
+"""Scalars by position, their fingerprint, and where they go in a model: bits, never floats."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from unmask.errors import UnmaskError
-from unmask.kernels import swap
 from unmask.kernels.swap import Move
 
-__all__ = ["Sparse", "bits", "describe", "fingerprint", "read", "write"]
+__all__ = [
+    "Sparse",
+    "bits",
+    "blank",
+    "describe",
+    "fingerprint",
+    "held_by",
+    "moves",
+    "target",
+]
 
 # Values travel as integers of their width: then no float rule can touch a NaN's payload or a -0.0.
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,25 +72,29 @@ class Sparse:
     def holding(self, values: Tensor) -> Sparse:
         """Return the same positions with other values, of as many scalars in CPU memory."""
         other = object.__new__(Sparse)
-        vars(other).update(vars(self), values=values)  # valid by what is promised: not checked
+        held = vars(other)  # valid by what is promised: not checked
+        held["shape"], held["indices"], held["values"] = self.shape, self.indices, values
         return other
 
 
-def read(sparse: Mapping[str, Sparse], tensors: Mapping[str, Tensor]) -> dict[str, Sparse]:
-    """Return the same positions with the values that `tensors`, of these shapes, hold there."""
-    dtypes = {name: tensors[name].dtype for name in sparse}
-    room = {}
-    for dtype in set(dtypes.values()):  # a few large vectors instead of many small ones
-        counts = [part.indices.numel() for n, part in sparse.items() if dtypes[n] == dtype]
-        room[dtype] = iter(torch.empty(sum(counts), dtype=dtype).split(counts))
-    found = {name: part.holding(next(room[dtypes[name]])) for name, part in sparse.items()}
-    swap.gather([Move(tensors[name], part.indices, part.values) for name, part in found.items()])
-    return found
+def blank(sparse: Mapping[str, Sparse]) -> dict[str, Sparse]:
+    """Return the same positions with room for as many values."""
+    counts: defaultdict[torch.dtype, list[int]] = defaultdict(list)
+    for part in sparse.values():
+        counts[part.values.dtype].append(part.values.numel())
+    # A few large vectors instead of many small ones.
+    room = {d: iter(torch.empty(sum(n), dtype=d).split(n)) for d, n in counts.items()}
+    return {name: part.holding(next(room[part.values.dtype])) for name, part in sparse.items()}
 
 
-def write(sparse: Mapping[str, Sparse], tensors: Mapping[str, Tensor]) -> None:
-    """Write the values into `tensors`, of these shapes and dtypes, on whatever device."""
-    swap.scatter([Move(tensors[name], part.indices, part.values) for name, part in sparse.items()])
+def moves(
+    new: Mapping[str, Sparse], tensors: Mapping[str, Tensor], old: Mapping[str, Sparse]
+) -> list[Move]:
+    """Return what is to be moved to and from `tensors`, of these shapes and dtypes."""
+    return [
+        Move(tensors[name], part.indices, part.values, old[name].values)
+        for name, part in new.items()
+    ]
 
 
 def fingerprint(sparse: Mapping[str, Sparse]) -> str:
@@ -89,8 +104,10 @@ def fingerprint(sparse: Mapping[str, Sparse]) -> str:
     """
     digest = hashlib.sha256()
     for name, part in sorted(sparse.items()):
-        digest.update(_header(name, part.shape, part.values.dtype, part.values.numel()))
-        digest.update(bits(part.values).numpy().data)
+        values = part.values
+        digest.update(_header(name, part.shape, values.dtype, values.numel()))
+        raw = bits(values) if values.dtype == torch.bfloat16 else values  # which numpy lacks
+        digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 
@@ -110,3 +127,55 @@ def bits(tensor: Tensor) -> Tensor:
 def describe(tensor: Tensor) -> str:
     """Dtype and shape, for messages and comparisons."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def held_by(model: nn.Module, kind: str, names: Collection[str]) -> Mapping[str, Tensor]:
+    """Find the parameters or buffers of these names, by a walk over all only if it takes that."""
+
+    @cache
+    def module(path: str) -> nn.Module | None:
+        above, dot, name = path.rpartition(".")
+        parent = module(above) if dot else model
+        return None if parent is None else parent._modules.get(name)
+
+    found, holding = {}, f"_{kind}"
+    for name in names:
+        path, dot, leaf = name.rpartition(".")
+        holder = module(path) if dot else model
+        tensor = None if holder is None else getattr(holder, holding).get(leaf)
+        if tensor is None:  # not there, or under a name of its wrapper's or its own making
+            return dict(getattr(model, f"named_{kind}")(remove_duplicate=False))
+        found[name] = tensor
+    return found
+
+
+def target(
+    held: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Find the tensor `name`, refused unless the delta's bits can be written straight into it."""
+    if name not in held:
+        near = difflib.get_close_matches(name, held, 1)
+        raise UnmaskError(
+            f"the delta changes {name!r}, which this model doesn't have"
+            f"{f' (it has {near[0]!r})' if near else ''}; apply it to the unwrapped architecture "
+            "that it was made on"
+        )
+    tensor = held[name]
+    plain = type(tensor) in (nn.Parameter, Tensor) and not tensor.is_meta
+    if plain and tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous():
+        return tensor  # almost always
+    if is_lazy(tensor) or tensor.is_meta:
+        raise UnmaskError(f"{name!r} holds no data yet; load the weights before the delta")
+    plain = plain and not (dtype.is_floating_point and not tensor.is_floating_point())
+    if not plain:
+        remedy = "it is quantised or sharded: apply the delta to the plain model first"
+    elif tuple(tensor.shape) != shape:
+        remedy = "apply the delta to a model of its base's sizes (vocabulary, classes)"
+    elif tensor.dtype != dtype:
+        remedy = f"load the base in {dtype}, apply the delta, then cast"
+    elif any(size > 1 and not step for size, step in zip(shape, tensor.stride(), strict=True)):
+        remedy = "it is an expanded view, one scalar seen many times: clone it first"
+    else:
+        return tensor
+    asked = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+    raise UnmaskError(f"{name!r} is {asked} in the delta, {describe(tensor)} here; {remedy}")

@@ -6,8 +6,9 @@ tensor costs would outweigh the work. The kernels are handed addresses instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections import defaultdict
+from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,31 +21,101 @@ from unmask.kernels.cpu_base import SHARE, in_threads
 from unmask.kernels.swap import Move
 
 WORD = {2: np.empty(0, np.uint16), 4: np.empty(0, np.uint32), 8: np.empty(0, np.uint64)}
+TENSOR, SIZE, AT, NEW, OLD = range(5)  # columns of a batch's table
+READ, WRITE, TRADE, TRADE_KNOWN = range(4)  # what is done with a scalar
 
 
 def gather(moves: Sequence[Move]) -> None:
     """As `swap.gather`; all tensors contiguous and in CPU memory."""
-    _run(_gather, moves)
+    for batch in _batches(moves):
+        batch.run(READ)
 
 
-def scatter(moves: Sequence[Move]) -> None:
-    """As `swap.scatter`; all tensors contiguous and in CPU memory."""
-    _run(_scatter, moves)
-    for move in moves:  # autograd has to learn of it
-        torch.autograd.graph.increment_version(move.tensor)
+class Exchange:
+    """As `swap.Exchange`; all tensors contiguous and in CPU memory."""
+
+    def __init__(self, moves: Sequence[Move], known: bool) -> None:
+        self._tensors = [move.tensor for move in moves]
+        self._batches = _batches(moves)
+        self._way = TRADE_KNOWN if known else TRADE
+
+    def apart(self) -> bool:
+        """Whether no two tensors share memory: then no scalar has two values."""
+        none = np.empty((0, 2), dtype=np.uint64)
+        spans = np.concatenate([none, *(batch.spans() for batch in self._batches)])
+        spans = spans[np.argsort(spans[:, 0])]
+        return bool(np.all(spans[:-1, 1] <= spans[1:, 0]))
+
+    def start(self) -> bool:
+        """Exchange all; whether all was as known."""
+        return all(batch.run(self._way) for batch in self._batches)
+
+    def finish(self) -> None:
+        """Tell autograd."""
+        for tensor in self._tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+    def revert(self) -> None:
+        """Exchange back what is exchanged, however far an interrupt let it come."""
+        for batch in self._batches:
+            batch.revert()
 
 
-def _run(kernel: Callable[..., bool], moves: Sequence[Move]) -> None:
-    for size, word in WORD.items():
-        same = [move for move in moves if move.tensor.element_size() == size]
-        places = [(t.data_ptr(), t.numel(), at.data_ptr(), v.data_ptr()) for t, at, v in same]
-        table = np.array(places, dtype=np.uint64).reshape(-1, 4)
-        starts = np.cumsum([0, *(move.at.numel() for move in same)], dtype=np.int64)
-        total = int(starts[-1])
-        ranges = [(at, min(at + SHARE, total)) for at in range(0, total, SHARE)]
-        if not all(in_threads(partial(kernel, table, starts, word), ranges)):
-            # Only if someone wrote into a delta's own indices.
+class _Batch:
+    """All moves of one width: where everything lies, and how much of each share is done."""
+
+    def __init__(self, moves: Sequence[Move], width: int) -> None:
+        places = [
+            (tensor.data_ptr(), tensor.numel(), at.data_ptr(), new.data_ptr(), old.data_ptr())
+            for tensor, at, new, old in moves
+        ]
+        counts = [move.at.numel() for move in moves]
+        self.moves = moves  # whose memory has to last as long as a thread may work on it
+        self.table = np.array(places, dtype=np.uint64)
+        self.starts = np.cumsum([0, *counts], dtype=np.int64)
+        self.word, self.width = WORD[width], np.uint64(width)
+        total = int(self.starts[-1])
+        self.shares = [(start, min(start + SHARE, total)) for start in range(0, total, SHARE)]
+        self.done = np.zeros(len(self.shares), dtype=np.int64)
+        self.at_work = [Lock() for _ in self.shares]
+        self.stopped = False
+
+    def spans(self) -> np.ndarray[Any, Any]:
+        """Where each tensor begins and ends."""
+        begin, size = self.table[:, TENSOR], self.table[:, SIZE]
+        return np.stack([begin, begin + size * self.width], axis=1)[size > 0]
+
+    def run(self, way: int) -> bool:
+        """Move all, once it is sure that every index is in its tensor; whether all was moved."""
+        if not _sound(self.table, self.starts):  # only if someone wrote into a delta's own indices
             raise UnmaskError("an index lies outside of its tensor; load the delta afresh")
+
+        def work(i: int, _: int) -> bool:
+            with self.at_work[i]:
+                return not self.stopped and self._move(i, *self.shares[i], way)
+
+        return all(in_threads(work, [(i, i) for i in range(len(self.shares))]))
+
+    def revert(self) -> None:
+        """Write back what was there."""
+        self.stopped = True
+        for lock in self.at_work:  # after an interrupt another thread may still be at it
+            with lock:
+                pass
+        self.table[:, NEW] = self.table[:, OLD]
+        for i, count in enumerate(self.done.tolist()):
+            start = self.shares[i][0]
+            self._move(i, start, start + count, WRITE)
+
+    def _move(self, i: int, start: int, stop: int, way: int) -> bool:
+        return bool(_move(self.table, self.starts, self.word, start, stop, way, self.done, i))
+
+
+def _batches(moves: Sequence[Move]) -> list[_Batch]:
+    widths = defaultdict(list)
+    for move in moves:
+        widths[move.tensor.element_size()].append(move)
+    return [_Batch(same, width) for width, same in widths.items()]
 
 
 def _as_pointer(_: Any, address: Any, like: Any) -> Any:
@@ -60,33 +131,43 @@ def _as_pointer(_: Any, address: Any, like: Any) -> Any:
 _pointer: Any = intrinsic(_as_pointer)
 
 
-# Entries start..stop of all moves' together are one thread's share. The index is compared as an
-# unsigned number, so a negative one is out of range too.
+# Entries start..stop of all moves' together are one thread's share. Indices are compared as
+# unsigned numbers, so a negative one is out of range too.
 
 
 @njit(nogil=True, cache=True)
-def _gather(table, starts, word, start, stop):  # type: ignore[no-untyped-def]
-    k = np.searchsorted(starts, start, side="right") - 1
-    while k < len(table) and starts[k] < stop:
-        scalars, size = _pointer(table[k, 0], word), table[k, 1]
-        at, values = _pointer(table[k, 2], table), _pointer(table[k, 3], word)
-        for i in range(max(start - starts[k], 0), min(stop, starts[k + 1]) - starts[k]):
-            if at[i] >= size:
-                return False
-            values[i] = scalars[at[i]]
-        k += 1
+def _sound(table, starts):  # type: ignore[no-untyped-def]
+    """Whether indices rise strictly and stay in their tensors, so that no scalar moves twice."""
+    for k in range(len(table)):
+        at, count = _pointer(table[k, AT], table), starts[k + 1] - starts[k]
+        wrong = count > 0 and at[count - 1] >= table[k, SIZE]
+        for i in range(1, count):
+            wrong |= at[i] <= at[i - 1]
+        if wrong:
+            return False
     return True
 
 
 @njit(nogil=True, cache=True)
-def _scatter(table, starts, word, start, stop):  # type: ignore[no-untyped-def]
-    k = np.searchsorted(starts, start, side="right") - 1
-    while k < len(table) and starts[k] < stop:
-        scalars, size = _pointer(table[k, 0], word), table[k, 1]
-        at, values = _pointer(table[k, 2], table), _pointer(table[k, 3], word)
-        for i in range(max(start - starts[k], 0), min(stop, starts[k + 1]) - starts[k]):
-            if at[i] >= size:
-                return False
-            scalars[at[i]] = values[i]
+def _move(table, starts, word, start, stop, way, done, share):  # type: ignore[no-untyped-def]
+    """Read scalars to `OLD`, write those at `NEW`, or both, and note how many.
+
+    If they are known, `OLD` is what they must be: up to the first that isn't.
+    """
+    k, same = np.searchsorted(starts, start, side="right") - 1, True
+    while same and k < len(table) and starts[k] < stop:
+        scalars, at = _pointer(table[k, TENSOR], word), _pointer(table[k, AT], table)
+        new, old = _pointer(table[k, NEW], word), _pointer(table[k, OLD], word)
+        i, last = max(start - starts[k], 0), min(stop, starts[k + 1]) - starts[k]
+        while i < last:
+            if way == TRADE_KNOWN and scalars[at[i]] != old[i]:
+                same = False
+                break
+            if way in (READ, TRADE):
+                old[i] = scalars[at[i]]
+            if way != READ:
+                scalars[at[i]] = new[i]
+            i += 1
+        done[share] = starts[k] + i - start
         k += 1
-    return True
+    return same
