@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,22 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24, "max_position_embeddings": 16, "num_labels": 3,
+}  # fmt: skip
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def pretrained(kind: str = "Bert", seed: int = 0, **changes: Any) -> nn.Module:
+    """A classifier of that kind as transformers has it, two layers of 16 with three classes."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**SIZES | changes)
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
 
 
 CLASSIFIER = ("classifier*",)

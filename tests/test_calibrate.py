@@ -225,6 +225,17 @@ def test_refused() -> None:
         attach([("text", "label")])
     with pytest.raises(UnmaskError, match="no loss can be had"):
         attach([{"x": torch.ones(3, 6)}], model=Hugging())
+    for name in ("LBFGS", "SparseAdam", "Muon", "Optimizer"):
+        with pytest.raises(UnmaskError, match=rf"can't train by torch\.optim\.{name}"):
+            attach(batches(), unmask.lt_sft(9, optimizer=name))
+    unlabelled = [(torch.ones(2, 6), torch.tensor([0, -100]))]
+    with pytest.raises(UnmaskError, match="one finite number"):
+        attach(unlabelled)
+    for wrong in (lambda m, b: m(b[0]), lambda m, b: 1.0):
+        with pytest.raises(UnmaskError, match="one finite number"):
+            attach(unmask.Calibration(batches(), wrong))
+    with pytest.raises(UnmaskError, match=r"NaN or infinity in 'first\.weight'"):
+        attach(unmask.Calibration(batches(), lambda m, b: (0 * m(b[0]).abs().sum()).sqrt()))
     with pytest.raises(UnmaskError, match="can be read only once"):
         attach(iter(batches()), unmask.lt_sft(9, passes=2))
     rows = [(torch.ones(2, 6), torch.ones(2, 1))]
@@ -249,3 +260,22 @@ def test_frozen_and_fully_trained_parameters() -> None:
     )  # fmt: skip
     assert set(tuner.selected()) <= {"first.weight", "first.bias"}
     assert_same_state(snapshot(model), before)
+
+
+def test_samples_of_any_structure() -> None:
+    """A tensor by itself, and tensors within: each sample has its own row of all of them."""
+    rows = batches()
+    parameters = dict((model := MLP.build()).named_parameters())
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch["in"][0]), batch["of"])
+
+    def square(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch).square().mean()
+
+    nested = [{"in": [x, "a word"], "of": y} for x, y in rows]
+    given = unmask.Fisher().calibrate(model, parameters, unmask.Calibration(nested, loss))
+    assert same_tree(given, unmask.Fisher().calibrate(model, parameters, rows))
+    alone = unmask.Calibration([x for x, _ in rows], square)
+    one = unmask.Calibration([x[i : i + 1] for x, _ in rows for i in range(len(x))], square)
+    assert same_tree(*(unmask.Fisher().calibrate(model, parameters, c) for c in (alone, one)))

@@ -182,6 +182,8 @@ def test_mistakes_are_told(
 def test_mistakes_about_folders_are_told(tmp_path: Path) -> None:
     assert "no run folder" in refused("evaluate", tmp_path)
     assert "no delta" in refused("inspect", tmp_path)
+    for command in (("inspect",), ("evaluate",), ("train", "--model")):
+        assert "name too long" in refused(*command, "a" * 300)
 
 
 def test_a_hub_name_without_a_network_is_told_at_once(

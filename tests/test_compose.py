@@ -30,7 +30,8 @@ def delta_of(model: nn.Module, share: float, seed: int, **rest) -> Delta:
         at = torch.rand(p.numel(), generator=generator).lt(share).nonzero().squeeze(1)
         if len(at):
             values = p.detach().view(-1)[at]
-            moved = values + torch.randn(len(at), generator=generator).to(values.dtype)
+            step = torch.randn(len(at), generator=generator)
+            moved = values + (step + step.sign() / 4).to(values.dtype)  # none rounds to no change
             base[name] = Sparse(p.shape, at, values)
             after[name] = Sparse(p.shape, at, moved)
     return Delta(after, base=fingerprint(base), **rest)
@@ -297,3 +298,29 @@ def transformers_model(base: Path) -> nn.Module:
     import transformers
 
     return transformers.BertModel.from_pretrained(base)
+
+
+def test_a_distance_finer_than_the_base_can_tell():
+    """Between weights far smaller than the base's, whose sum with it would round them off."""
+    model = nn.Linear(2, 1, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    at, one = torch.tensor([0]), model.weight.detach().view(-1)[:1]
+    base = fingerprint({"weight": Sparse((1, 2), at, one)})
+    first, second = (
+        Delta({"weight": Sparse((1, 2), at, one * f)}, base=base) for f in (2e-3, 1e-3)
+    )
+    expected = float(first.sparse["weight"].values - second.sparse["weight"].values)
+    assert (
+        distance(first, second, model) == pytest.approx(expected) == distance(second, first, model)
+    )
+
+
+def test_a_share_to_keep_is_not_cut_by_a_last_digit():
+    model = nn.Linear(100, 1, bias=False)
+    at = torch.arange(100)
+    delta = Delta(
+        {"weight": Sparse((1, 100), at, model.weight.detach().view(-1) + 1.0 + at)},
+        base=fingerprint({"weight": Sparse((1, 100), at, model.weight.detach().view(-1))}),
+    )  # 0.29 · 100 is 28.999999999999996 in floats
+    assert compose([delta], model, conflicts="ties", keep=0.29).active == 29

@@ -5,11 +5,12 @@ import gc
 import re
 import subprocess
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -77,6 +78,19 @@ def test_constraints_pin_what_is_installed():
             assert pins[name] in requirement.specifier
             with contextlib.suppress(PackageNotFoundError):
                 waiting += requires(name) or []
+
+
+def test_every_pinned_version_installs_on_the_oldest_python():
+    """A pip only sees what its own Python may install: 3.11.2 is many a distribution's."""
+    oldest = re.fullmatch(r">=([\d.]+)", PROJECT["requires-python"])
+    assert oldest
+    for pin in re.findall(r"^[\w.-]+==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE):
+        name, version = pin.split("==")
+        with contextlib.suppress(PackageNotFoundError):
+            found = metadata(name)
+            needs = SpecifierSet(found["Requires-Python"] or "")
+            alike = Version(found["Version"]).public == version
+            assert not alike or f"{oldest[1]}.0" in needs, f"{pin} needs Python {needs}"
 
 
 @pytest.mark.parametrize("name", unmask.methods.__all__)

@@ -19,12 +19,15 @@ ORDER = [
     "errors",
     "allot",
     "eligible",
+    "batches",
     "calibrate",
+    "rehearse",
     "heuristics",
     "schedules",
     "strategies",
     "kernels",
     "select",
+    "selectors",
     "scopes",
     "units",
     "method",
@@ -43,6 +46,8 @@ ORDER = [
     "layouts",
     "delta",
     "fresh",
+    "course",
+    "whole",
     "algebra",
     "tuner",
     "integrations",
@@ -56,6 +61,7 @@ ORDER = [
 MACHINE = {
     "kernels",
     "select",
+    "selectors",
     "slots",
     "draft",
     "intake",
@@ -72,7 +78,9 @@ LIGHT = {  # what each of the lowest modules needs besides the standard library
     "strategies": set(),
     "heuristics": {"torch", "jaxtyping"},
     "eligible": {"torch", "jaxtyping"},
+    "batches": {"torch", "jaxtyping"},
     "calibrate": {"torch", "jaxtyping"},
+    "rehearse": {"torch", "jaxtyping"},
 }
 CORE = {"torch", "numpy", "safetensors", "numba", "jaxtyping", "triton"}
 FILES = sorted(ROOT.rglob("*.py"))

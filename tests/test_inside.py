@@ -4,6 +4,7 @@ What a run over a fresh module leaves must give the same model in another proces
 drawn from another seed.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import unmask
+from models import MLP, SIZES, pretrained
 from unmask.integrations import adapters
 from unmask.integrations.adalora import follow_ranks
 
@@ -25,18 +27,12 @@ pytestmark = [
 ]
 TOKENS = torch.arange(32).reshape(4, 8) % 29
 LABELS = torch.tensor([0, 1, 2, 0])
-SMALL: dict[str, Any] = {
-    "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "intermediate_size": 24, "max_position_embeddings": 16, "num_labels": 3,
-}  # fmt: skip
 SEED = 1
 QV = {"target_modules": ["query", "value"]}
 
 
 def base(name: str = "Bert") -> nn.Module:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SMALL)
-    model: nn.Module = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    model = pretrained(name)
     torch.manual_seed(SEED)
     return model.eval()  # no dropout
 
@@ -210,12 +206,34 @@ def test_adalora_needs_dense_gradients() -> None:
         follow_ranks(unmask.attach(base(), unmask.pafi(budget=3)))
 
 
+def test_following_twice_is_following() -> None:
+    model = MODULES["adalora"]()
+    tuner = unmask.attach(model, unmask.id3(budget=4), steps=1)
+    for _ in range(2):
+        follow_ranks(tuner)
+    tuner.detach()
+    assert "update_and_allocate" not in vars(model.base_model)
+
+
+def test_modules_of_another_size_are_refused() -> None:
+    first, second = (
+        peft.get_peft_model(MLP.build(), peft.LoraConfig(r=r, target_modules=["first"]))
+        for r in (2, 3)
+    )
+    tuners = [unmask.attach(model, unmask.id3(budget=9), steps=1) for model in (first, second)]
+    optimizer = tuners[0].optimizer(torch.optim.SGD, lr=1.0)
+    MLP.loss(first, 0).backward()
+    optimizer.step()
+    with pytest.raises(unmask.UnmaskError, match=r"a model of its base's sizes"):
+        tuners[1].adopt(tuners[0].delta())
+
+
 # Bottleneck adapters
 
 
 @pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra", "DistilBert"])
 def test_where_they_are(name: str) -> None:
-    small = SMALL
+    small = SIZES
     if name == "DistilBert":
         small = {"vocab_size": 30, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**small))
@@ -240,6 +258,18 @@ def test_they_act_where_they_are() -> None:
     assert torch.equal(logits(model), plain)
 
 
+def test_a_copy_has_adapters_of_its_own() -> None:
+    model = base()
+    adapters.add(model, std=0.5)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "_adapter.up" in name:
+                parameter.zero_()
+    assert torch.equal(logits(twin), logits(base()))
+    assert not torch.equal(logits(twin), logits(model))
+
+
 def test_a_decoder_and_layers_by_name() -> None:
     config = transformers.GPT2Config(
         vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0,
@@ -250,6 +280,8 @@ def test_a_decoder_and_layers_by_name() -> None:
     adapters.remove(model)
     assert len(adapters.add(model, after="*.h.1.mlp.c_fc")) == 1
     assert model.transformer.h[1].mlp.c_fc_adapter.up.out_features == 64
+    others = nn.ModuleDict({"bag": nn.EmbeddingBag(3, 4), "norm": nn.LayerNorm(4)})
+    assert adapters.add(nn.ModuleDict({**others, "end": nn.Linear(4, 4)}), after="*") == ["end"]
     model(input_ids=TOKENS).logits.sum().backward()
 
 
@@ -261,6 +293,7 @@ def test_mistakes_with_adapters() -> None:
         adapters.add(model, "parallel")
     with pytest.raises(unmask.UnmaskError, match="reduction"):
         adapters.add(model, reduction=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     adapters.add(model)
     with pytest.raises(unmask.UnmaskError, match="already"):
         adapters.add(model)

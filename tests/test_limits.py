@@ -6,17 +6,19 @@ and what to do.
 
 import contextlib
 import copy
+import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import unmask
 from lockstep import Pair, assert_same_state, chosen, random_grads, same_bits, scalars, snapshot
@@ -441,6 +443,32 @@ def test_attaching_twice() -> None:
     unmask.attach(model, unmask.id3(budget=10), steps=2)
 
 
+def test_attaching_to_a_part_or_to_the_whole_of_it() -> None:
+    """Each would freeze what the other trains, and take its gradients."""
+    model = MLP.build()
+    for first, second in ((model, model.first), (model.first, model)):
+        tuner = unmask.attach(first, unmask.id3(budget=10), steps=2)
+        with pytest.raises(UnmaskError, match=r"shares parameters .* detach"):
+            unmask.attach(second, unmask.id3(budget=10), steps=2)
+        tuner.detach()
+    tuners = [unmask.attach(part, unmask.id3(budget=3)) for part in (model.first, model.second)]
+    assert all(tuner.detach() for tuner in tuners)
+
+
+def test_detaching_twice() -> None:
+    """The second time another may have the model: it must not be undone behind its back."""
+    first = train(MLP.build(), unmask.random_mask(9), MLP, steps=1)
+    first.detach()
+    second = train(first.model, unmask.random_mask(9), MLP, steps=1)
+    now = snapshot(first.model)
+    with pytest.raises(UnmaskError, match="off its model already"):
+        first.detach()
+    assert_same_state(snapshot(first.model), now)
+    with pytest.raises(UnmaskError, match="has a tuner already"):
+        unmask.attach(first.model, unmask.random_mask(9))
+    second.detach()
+
+
 def test_nothing_to_train() -> None:
     with pytest.raises(UnmaskError):
         unmask.attach(nn.ReLU(), unmask.id3(budget=1), steps=1)
@@ -496,3 +524,73 @@ def test_bitfit_trains_biases_only() -> None:
     tuner = train(MLP.build(), unmask.bitfit(), MLP, steps=2)
     assert set(chosen(tuner)) == {"first.bias", "second.bias", "classifier.bias"}
     assert tuner.active == 27
+
+
+@pytest.mark.parametrize("gradients", ["dense", "streaming", "sampled"])
+def test_an_attach_that_fails_leaves_the_model_as_it_was(gradients: str) -> None:
+    """Another may follow, and gradients are the model's again."""
+    model = MLP.build()
+
+    def stop(model: nn.Module, batch: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    for calibration, error in (
+        (None, UnmaskError),
+        (unmask.Calibration([(torch.ones(1),)], stop), KeyboardInterrupt),
+    ):
+        with pytest.raises(error):
+            unmask.attach(
+                model, unmask.fish(9), include="first*", calibration=calibration,
+                gradients=gradients,
+            )  # fmt: skip
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    MLP.loss(model, 0).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    unmask.attach(model, unmask.random_mask(9)).detach()
+
+
+class Odd(nn.Module):
+    """With a parameter that holds nothing, and one that has no shape yet if `lazy`."""
+
+    def __init__(self, lazy: bool = False) -> None:
+        super().__init__()
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.layer = nn.LazyLinear(3) if lazy else nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.empty.sum()
+
+
+@pytest.mark.parametrize("name", unmask.methods.__all__)
+def test_a_parameter_that_holds_nothing_is_no_obstacle(name: str) -> None:
+    model, batch = Odd(), (torch.ones(2, 6), torch.tensor([0, 2]))
+    method = getattr(unmask, name)(budget=3)
+    tuner = unmask.attach(model, method, steps=5, calibration=[batch])
+    optimizer = tuner.optimizer(torch.optim.SGD, lr=0.1)
+    for _ in range(5):
+        nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert tuner.active >= 3
+    assert set(tuner.selected()) <= {"layer.weight", "layer.bias"}
+
+
+def test_a_parameter_without_a_shape_is_refused() -> None:
+    with pytest.raises(UnmaskError, match="run the model once before attach"):
+        unmask.attach(Odd(lazy=True), unmask.id3(budget=3), steps=1)
+
+
+def test_one_pattern_of_a_method_as_a_plain_string() -> None:
+    method = unmask.Method(unmask.Gradient(), unmask.Static(), 9, include="*bias")  # type: ignore[arg-type]
+    assert method.include == ("*bias",)
+    assert unmask.Method.from_dict(method.to_dict() | {"include": "*bias"}) == method
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Whatever they come from, a checkpoint and a delta hold plain ones."""
+    schedule = unmask.Strided(every=np.int64(2))  # type: ignore[arg-type]
+    method = unmask.Method(unmask.D3(exp=np.float32(2)), unmask.Increment(schedule), 9)  # type: ignore[arg-type]
+    tuner = unmask.attach(MLP.build(), method, steps=4)
+    assert json.loads(tuner.state_dict()["method"]) == tuner.delta().info["method"]
+    assert unmask.Method.from_dict(tuner.delta().info["method"]) == method

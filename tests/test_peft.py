@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 from peft import PeftModel, get_peft_model  # noqa: E402
 
 import unmask  # noqa: E402
+from models import NO_DROPOUT, pretrained  # noqa: E402
 from unmask.integrations import peft_registration  # noqa: E402
 from unmask.integrations.peft import UnmaskConfig  # noqa: E402
 
@@ -35,12 +37,7 @@ ADAM = {"lr": 1e-2, "weight_decay": 0.1}
 
 
 def bert(seed: int = 0, **kw: Any) -> nn.Module:
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=12, num_labels=3, **kw,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
+    return pretrained(seed=seed, **kw)
 
 
 def gpt(seed: int = 0) -> nn.Module:
@@ -164,6 +161,42 @@ def test_it_trains_as_attach_does(name: str, clip: bool) -> None:
         assert torch.equal(part.values, tuned.sparse[key].values)
     assert tuned.base == delta.base
     assert torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("name", ["fish", "lt_sft", "diff_pruning"])
+def test_a_method_of_data_chooses_as_attach_does(name: str) -> None:
+    batches = [{"input_ids": TOKENS.roll(i, 1), "labels": LABELS} for i in range(2)]
+    plain, asked = bert(**NO_DROPOUT), config(method=name)
+    tuner = unmask.attach(
+        plain, asked.build(), train_fully="classifier*", calibration=copy.deepcopy(batches)
+    )
+    model = get_peft_model(bert(**NO_DROPOUT), asked)
+    with pytest.raises(unmask.UnmaskError, match="needs data before training"):
+        loss(model)
+    model.base_model.calibrate(batches)
+    train(model, 2)
+    chosen = {n: part.indices for n, part in model.base_model.delta().sparse.items()}
+    expected = tuner.selected()
+    assert chosen.keys() == expected.keys()
+    assert all(torch.equal(chosen[n], flat) for n, flat in expected.items())
+
+
+def test_data_is_looked_at_once(tmp_path: Path) -> None:
+    """What was chosen from it for good is in the adapter, in this process and a later one."""
+    batch = {"input_ids": TOKENS, "labels": LABELS}
+    model = wrapped(method="fish")
+    model.base_model.calibrate(batch for batch in [batch])
+    train(model, 2)
+    chosen = model.base_model.delta().sparse
+    model.base_model.adapters.to(torch.device("cpu"))  # ends the run for now
+    train(model, 2)
+    model.save_pretrained(str(tmp_path))
+    read = PeftModel.from_pretrained(bert(), str(tmp_path), is_trainable=True)
+    train(read, 2)
+    for later in (model, read):
+        now = later.base_model.delta()
+        assert now.sparse.keys() == chosen.keys()
+        assert all(torch.equal(now.sparse[n].indices, p.indices) for n, p in chosen.items())
 
 
 def test_outside_of_a_pass_only_the_vector_requires_a_gradient() -> None:
@@ -368,6 +401,8 @@ def test_targets() -> None:
         ({"method_kwargs": {"rank": 8}}, "rank"),
         ({"gradients": "sampled"}, r"streaming, dense .*unmask\.attach"),
         ({"method_kwargs": {"schedule": {"kind": "Nope"}}}, "Nope"),
+        ({"method_kwargs": {"schedule": {"kind": "attach"}}}, "attach"),
+        ({"method_kwargs": {"schedule": {"kind": "Strided", "evry": 2}}}, "evry"),
     ],
 )
 def test_mistakes_in_the_config(wrong: dict[str, Any], message: str) -> None:
@@ -396,6 +431,7 @@ def test_a_method_of_parts_and_the_config_survives_json(tmp_path: Path) -> None:
     for written in (
         config(method=method, budget=None),
         config(**METHODS["strided"], target_modules=["query", "value"], exclude_modules="x"),
+        config(method_kwargs={"schedule": unmask.Custom(), "exp": np.float32(1)}),
     ):
         written.save_pretrained(str(tmp_path))
         read = peft.PeftConfig.from_pretrained(str(tmp_path))

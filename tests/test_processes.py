@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import unmask
-from models import MLP, TRANSFORMER, Case
+from models import MLP, NO_DROPOUT, TRANSFORMER, Case, pretrained
 
 pytestmark = [
     pytest.mark.slow,
@@ -146,13 +146,7 @@ def trainer(out: str, world: int, gradients: str = "dense") -> Found:
     transformers = pytest.importorskip("transformers")
     from unmask.integrations.transformers import UnmaskCallback
 
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=12, num_labels=3,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = transformers.BertForSequenceClassification(config)
+    model = pretrained(**NO_DROPOUT)
     tuner = unmask.attach(
         model, unmask.id3(budget=40), train_fully="classifier*", gradients=gradients
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import unmask
+from models import NO_DROPOUT, pretrained
 
 TOKENS = torch.arange(32).reshape(4, 8) % 29
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -26,15 +27,10 @@ bitsandbytes = pytest.mark.parametrize("bits", BITS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=16, num_labels=3,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("base")
-    transformers.BertForSequenceClassification(config).save_pretrained(path)
+    model: Any = pretrained(hidden_size=64, intermediate_size=64, **NO_DROPOUT)
+    model.save_pretrained(path)
     return str(path)
 
 

@@ -18,9 +18,9 @@ import tiny
 import unmask
 from unmask import Delta, UnmaskError
 from unmask.integrations.transformers import training_loss
-from unmask.recipes import RunConfig, choose, config, evaluate, models, saved, train
+from unmask.recipes import RunConfig, choose, evaluate, models, parse, saved, train
 from unmask.recipes.folder import RunFolder, whole_folder
-from unmask.recipes.trainer import LengthGrouped, Recorder, random_state_kept
+from unmask.recipes.trainer import LengthGrouped, random_state_kept
 
 pytestmark = pytest.mark.filterwarnings("default")  # of the libraries beneath a Trainer
 
@@ -32,17 +32,7 @@ PROMISED = {
 
 @pytest.fixture(scope="session")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A model and rows on disk, as a config wants them: 10 steps an epoch."""
-    home = tmp_path_factory.mktemp("given")
-    return {
-        "model": str(tiny.write_model(home / "model")),
-        "train_file": str(tiny.write_rows(home / "train.jsonl", tiny.rows(80))),
-        "validation_file": str(tiny.write_rows(home / "held.jsonl", tiny.rows(40, seed=1))),
-        "budget": 500,
-        "batch_size": 8,
-        "epochs": 2,
-        "lr": 0.05,
-    }
+    return {**tiny.asked(tmp_path_factory.mktemp("given")), "budget": 500}
 
 
 def files(delta: Path) -> dict[str, bytes]:
@@ -113,27 +103,14 @@ def test_checkpoints_hold_no_model_and_rotate(finished: Path) -> None:
 
 @pytest.mark.parametrize("stop", [3, 7, 10, 19])
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    stop: int,
-    finished: Path,
-    given: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stop: int, finished: Path, given: dict[str, Any], tmp_path: Path
 ) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": "5", "save_steps": "5"}
     asked = RunConfig(
         **given, save_at=(0.1, 0.5, 1.0), settings=settings, out=str(tmp_path / "run")
     )
-    on_step_end = Recorder.on_step_end
-
-    def interrupted(self: Recorder, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.global_step == stop:
-            raise KeyboardInterrupt
-        on_step_end(self, args, state, control, **more)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Recorder, "on_step_end", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(asked)
+    with tiny.interrupted(stop):
+        train(asked)
     assert not (tmp_path / "run" / "metrics.json").exists()
     with pytest.raises(UnmaskError, match="holds an unfinished run; --resume continues it"):
         train(asked)
@@ -353,21 +330,14 @@ def test_a_schedule_hears_the_losses_of_a_run(given: dict[str, Any], tmp_path: P
 
 
 def test_reports_survive_an_interruption_between_logs(
-    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, Any], tmp_path: Path
 ) -> None:
     settings = PLATEAU | {"logging_steps": "3", "save_steps": "4", "schedule.tolerance": "0.1"}
     whole = RunConfig(**given, settings=settings, out=str(tmp_path / "whole"))
     history = train(whole)["history"]
     cut = replace(whole, out=str(tmp_path / "cut"))
-
-    def interrupted(self: Recorder, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Recorder, "on_step_end", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut)
+    with tiny.interrupted(5):
+        train(cut)
     assert train(cut, resume=True)["history"] == history  # its losses are what was reported
     assert files(tmp_path / "cut" / "delta") == files(tmp_path / "whole" / "delta")
 
@@ -395,7 +365,7 @@ def test_a_config_survives_json() -> None:
      ("0.5", 0.5), ("1", 1), ("1.0", 1.0), ("1.5M", 1_500_000)],
 )  # fmt: skip
 def test_budgets_are_read_as_written(text: str, budget: float) -> None:
-    parsed = config.parse_budget(text)
+    parsed = parse.parse_budget(text)
     assert parsed == budget
     assert type(parsed) is type(budget)
 

@@ -174,6 +174,17 @@ class Projection(nn.Module):
         return x @ self.weight
 
 
+class Score(nn.Module):
+    """A product with a vector, which functional.linear takes as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
 def gpt2_layer() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -222,6 +233,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 def test_layer(name: str, budget: float) -> None:
     make, inputs = LAYERS[name]
     compare(make, inputs, budget=budget)
+
+
+def test_linear_with_a_vector_for_its_weight_streams() -> None:
+    compare(stack(Score(), nn.Tanh(), nn.Linear(5, 2)), numbers(4, 5, 6), streams=("0.weight",))
 
 
 def test_convolution_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,3 +181,21 @@ def test_plateau_in_a_run_and_through_a_checkpoint() -> None:
 def test_reports_are_for_nothing_elsewhere() -> None:
     run = Run(unmask.id3(budget=40)).train()
     assert run.tuner.state_dict()["heard"] == []
+
+
+def test_the_last_digit_of_a_float_costs_no_scalar() -> None:
+    assert unmask.Custom(lambda _: 0.29).target(1, 4, 100) == 29  # 28.999999999999996
+    assert unmask.Custom(lambda _: 0.29).target(1, 4, 10**8) == 29 * 10**6
+    assert unmask.FrontLoaded(by=0.07).target(7, 100, 1000) == 1000  # 7.000000000000001 steps
+    assert unmask.FrontLoaded(by=0.07).target(6, 100, 1000) == 6000 // 7
+
+
+@pytest.mark.parametrize("share", [math.nan, math.inf])
+def test_a_curve_that_gives_no_number_is_refused(share: float) -> None:
+    with pytest.raises(UnmaskError, match=r"curve\(0\.25\) is (nan|inf)"):
+        unmask.Custom(lambda _: share).target(1, 4, 100)
+
+
+def test_a_first_loss_that_is_no_number_is_no_best() -> None:
+    schedule = unmask.Plateau(parts=5, patience=3)
+    assert heard(schedule, [math.nan, 5.0, 4.0, 3.0, 2.0, 1.0]).target(7, 100, 100) == 20

@@ -1,5 +1,6 @@
 """Scopes: parts that add up, bounds that hold, units that are whole."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -218,6 +219,9 @@ def test_refused() -> None:
             unmask.Bounded(floor=wrong)
     with pytest.raises(UnmaskError, match="by='weight'"):
         unmask.PerTensor(by="weight")
+    for within in (unmask.PerTensor(), unmask.PerLayer(), "Units", unmask.Units):
+        with pytest.raises(UnmaskError, match=r"within=.*deals out no parts"):
+            unmask.PerLayer(within=within)  # type: ignore[arg-type]
     with pytest.raises(UnmaskError, match="rows=0"):
         unmask.Units(rows=0)
 
@@ -340,3 +344,17 @@ def test_at_most_one_unit_is_begun_at_any_time(name: str, strategy: unmask.Strat
 
 def test_single_scalars_as_units_are_the_global_choice() -> None:
     assert first_choice(unmask.Units(1, 1)) == first_choice(unmask.Global())
+
+
+def test_a_share_is_rounded_up_once() -> None:
+    model = nn.Linear(100, 1, bias=False)  # 0.07 · 100 is 7.000000000000001 in floats
+    method = unmask.Method(
+        unmask.Magnitude(), unmask.Static(), 7, scope=unmask.Bounded(floor=0.07, cap=0.07)
+    )
+    assert unmask.attach(model, method).active == 7
+    with pytest.raises(UnmaskError, match="leaves room for 7"):
+        unmask.attach(nn.Linear(100, 1, bias=False), replace(method, budget=8))
+
+
+def test_one_pattern_as_a_plain_string() -> None:
+    assert unmask.PerLayer(patterns="a.*") == unmask.PerLayer(patterns=("a.*",))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 
 import unmask
 from unmask import UnmaskError, methods
-from unmask.recipes import choose, config, run
+from unmask.recipes import choose, config, parse, run
 
 WORDS = {  # another one that is allowed, where a word is asked for
     "pruner": "magnitude", "decay": "cosine", "optimizer": "SGD", "sample_type": "model",
@@ -137,9 +137,9 @@ def test_what_is_allowed_is_told(name: str, settings: dict[str, str], message: s
 
 
 def test_one_setting_has_one_value() -> None:
-    assert config.parse_settings(["a=1", "a=1", "b=2"]) == {"a": "1", "b": "2"}
+    assert parse.parse_settings(["a=1", "a=1", "b=2"]) == {"a": "1", "b": "2"}
     with pytest.raises(UnmaskError, match="--set a=2 and --set a=1; give one"):
-        config.parse_settings(["a=1", "a=2"])
+        parse.parse_settings(["a=1", "a=2"])
     with pytest.raises(UnmaskError, match="--batch-size and --set per_device_train_batch_size are"):
         run.asked({"batch_size": 8, "settings": {"per_device_train_batch_size": "4"}}, resume=False)
 

@@ -1,7 +1,7 @@
 """Strategies: how many go and come, and what becomes of those that go."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -60,6 +60,12 @@ def test_drop_grow() -> None:
 def test_refused(make: object) -> None:
     with pytest.raises(UnmaskError, match="was asked for"):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("schedule", ["strided", unmask.Strided])
+def test_a_schedule_is_an_instance(schedule: Any) -> None:
+    with pytest.raises(UnmaskError, match=r"instance of unmask\.Schedule"):
+        unmask.id3(budget=9, schedule=schedule)
 
 
 def test_steps_are_asked_for() -> None:

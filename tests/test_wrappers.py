@@ -15,7 +15,7 @@ from unmask import Delta, UnmaskError
 from unmask.integrations import adapters
 from unmask.recipes import RunConfig, evaluate, models, train, wrappers
 from unmask.recipes.combine import compose_folders
-from unmask.recipes.trainer import Ranks, Recorder
+from unmask.recipes.trainer import Ranks
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("default")  # of the libraries beneath a Trainer
@@ -34,16 +34,7 @@ KINDS = {
 @pytest.fixture(scope="session")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     home = tmp_path_factory.mktemp("wrapped")
-    return {
-        "model": str(tiny.write_model(home / "model")),
-        "train_file": str(tiny.write_rows(home / "train.jsonl", tiny.rows(80))),
-        "validation_file": str(tiny.write_rows(home / "held.jsonl", tiny.rows(40, seed=1))),
-        "budget": 100,
-        "batch_size": 8,
-        "epochs": 2,
-        "lr": 0.05,
-        "settings": {"save_steps": "5"},
-    }
+    return {**tiny.asked(home), "budget": 100, "settings": {"save_steps": "5"}}
 
 
 @pytest.fixture(scope="session")
@@ -87,22 +78,15 @@ def test_a_run_chooses_from_the_modules_alone(
 @pytest.mark.parametrize("kind", ["lora", "adalora", "houlsby"])
 @pytest.mark.parametrize("stop", [7, 12])
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    kind: str, stop: int, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, stop: int, given: dict[str, Any], tmp_path: Path
 ) -> None:
     long_memory = "adalora:r=4,target_r=1,beta1=0.99,beta2=0.99"
     peft = long_memory if kind == "adalora" else KINDS[kind]
     whole = RunConfig(**given | {"budget": 0.5}, peft=peft, out=str(tmp_path / "whole"))
     train(whole)
     cut = replace(whole, out=str(tmp_path / "cut"))
-
-    def interrupted(self: Recorder, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == stop:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Recorder, "on_step_end", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut)
+    with tiny.interrupted(stop):
+        train(cut)
     train(cut, resume=True)
     assert Delta.load(tmp_path / "cut" / "delta") == Delta.load(tmp_path / "whole" / "delta")
     with pytest.raises(UnmaskError, match="was given peft='ia3'"):

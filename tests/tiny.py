@@ -2,11 +2,17 @@
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from unmask.recipes.trainer import Recorder
 
 WORDS = ["good", "fine", "bad", "poor", *(f"w{i}" for i in range(40))]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -60,3 +66,30 @@ def rows(count: int, seed: int = 0) -> list[dict[str, object]]:
 def write_rows(file: Path, made: list[dict[str, object]]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     return file
+
+
+def asked(home: Path) -> dict[str, Any]:
+    """A model and rows on disk, as a run's config wants them: 10 steps an epoch."""
+    return {
+        "model": str(write_model(home / "model")),
+        "train_file": str(write_rows(home / "train.jsonl", rows(80))),
+        "validation_file": str(write_rows(home / "held.jsonl", rows(40, seed=1))),
+        "batch_size": 8,
+        "epochs": 2,
+        "lr": 0.05,
+    }
+
+
+@contextmanager
+def interrupted(step: int) -> Iterator[None]:
+    """A run within is stopped by its user at the end of this step."""
+    on_step_end = Recorder.on_step_end
+
+    def stop(self: Recorder, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        on_step_end(self, args, state, control, **more)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Recorder, "on_step_end", stop)
+        yield

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unmask.allot import down
 from unmask.delta import Delta
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.sparse import Sparse, fingerprint
@@ -117,13 +118,13 @@ def overlap(first: Delta, second: Delta) -> Overlap:
 
 def distance(first: Delta, second: Delta, model: nn.Module) -> float:
     """The Euclidean distance between the two fine-tuned models, over what is stored sparsely."""
-    difference = subtract(first, second, model)
-    base = difference.verify(model)
-    squares = [
-        (part.values.double() - base[name].values.double()).square().sum()
-        for name, part in difference.sparse.items()
-    ]
-    return math.sqrt(sum(map(float, squares)))
+    deltas = (first, second)
+    bases = [delta.verify(model) for delta in deltas]
+    total = 0.0
+    for name in dict.fromkeys((*first.sparse, *second.sparse)):
+        one, other = _Pile.of(name, deltas, bases, cuts=(0.0, 0.0)).change
+        total += float((one - other).square().sum())
+    return math.sqrt(total)
 
 
 class _Pile(NamedTuple):
@@ -202,7 +203,7 @@ def _cut(delta: Delta, base: Mapping[str, Sparse], keep: float) -> float:
         (part.values.double() - base[name].values.double()).abs()
         for name, part in delta.sparse.items()
     ]
-    count = max(1, int(keep * delta.active))
+    count = max(1, down(keep * delta.active))
     return float(torch.cat(moved).topk(count, sorted=False).values.min())
 
 

@@ -1,4 +1,4 @@
-"""A whole number in whole parts that are as proportional as they can be."""
+"""Whole numbers out of shares: one by itself, or parts that add up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,27 @@ import heapq
 import math
 from collections.abc import Sequence
 
-__all__ = ["allot"]
+__all__ = ["allot", "down", "up"]
+
+ROUNDING = 1e-12  # of a product of floats, as a share of it
+
+
+def down(x: float) -> int:
+    """⌊x⌋ of a share of a count, where the last digit of a float costs no one.
+
+    >>> int(0.29 * 100), down(0.29 * 100)
+    (28, 29)
+    """
+    return math.floor(x * (1 + ROUNDING))
+
+
+def up(x: float) -> int:
+    """⌈x⌉ of a share of a count, where the last digit of a float adds no one.
+
+    >>> math.ceil(0.07 * 100), up(0.07 * 100)
+    (8, 7)
+    """
+    return math.ceil(x * (1 - ROUNDING))
 
 
 def allot(

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from unmask.batches import loss_of, loss_of_drawn, moved, samples
 from unmask.errors import UnmaskError
 
 __all__ = ["Calibration", "Progress"]
@@ -52,7 +53,7 @@ class Calibration:
 
     def loss_of(self, model: nn.Module, batch: Any) -> Tensor:
         """The training loss of a batch."""
-        return (self.loss or _loss)(model, batch)
+        return (self.loss or loss_of)(model, batch)
 
     def tell(self, done: int, total: int | None) -> None:
         """Pass it on to `progress`."""
@@ -98,6 +99,12 @@ def as_it_was(
 
 def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The loss's gradients, zeros where a parameter has no part in it."""
+    if not (isinstance(loss, Tensor) and loss.numel() == 1 and torch.isfinite(loss)):
+        raise UnmaskError(
+            f"the loss of a calibration batch is {loss}, not a tensor of one finite number; leave "
+            "out samples of which no label counts, lower a learning rate that makes it diverge, "
+            "and let a loss of your own return a mean"
+        )
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     dense = (g.to_dense() if g is not None and g.is_sparse else g for g in found)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, dense, strict=True)]
@@ -105,16 +112,9 @@ def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def mean_gradient(model: nn.Module, parameters: Parameters, data: Calibration) -> Statistics:
     """The mean of the batches' gradients, in the mode that the model is in."""
-    totals, count = _zeros(parameters), 0
     with as_it_was(model, parameters.values()):
-        for batch in _moved(data, parameters):
-            found = gradients(data.loss_of(model, batch), list(parameters.values()))
-            for total, gradient in zip(totals.values(), found, strict=True):
-                total += gradient.float()
-            count += 1
-            data.tell(count, _length(data))
-    _check(count)
-    return {name: total.div_(count) for name, total in totals.items()}
+        losses = (data.loss_of(model, batch) for batch in on_device(data, parameters.values()))
+        return _mean(losses, Tensor.float, parameters, data, length(data))
 
 
 def fisher(
@@ -131,213 +131,56 @@ def fisher(
     y is the data's label, or drawn from the model's output if `sampled`. Samples go through the
     model one at a time: the square of a batch's mean gradient is not the mean of squares.
     """
-    totals, count = _zeros(parameters), 0
     draw = torch.Generator().manual_seed(seed)
     with as_it_was(model, parameters.values()):
         model.eval()
-        for sample in _samples(_moved(data, parameters)):
-            loss = _loss_of_drawn(model, sample, draw) if sampled else data.loss_of(model, sample)
-            found = gradients(loss, list(parameters.values()))
-            for total, gradient in zip(totals.values(), found, strict=True):
-                total += measure(gradient.float())
-            count += 1
-            data.tell(count, num_samples)
-            if count == num_samples:
-                break
-    _check(count)
-    return {name: total.div_(count) for name, total in totals.items()}
+        losses = (
+            loss_of_drawn(model, sample, draw) if sampled else data.loss_of(model, sample)
+            for sample in samples(on_device(data, parameters.values()))
+        )
+        return _mean(islice(losses, num_samples), measure, parameters, data, num_samples)
 
 
-def full_training(
-    model: nn.Module,
+def _mean(
+    losses: Iterable[Tensor],
+    measure: Callable[[Tensor], Tensor],
     parameters: Parameters,
     data: Calibration,
-    passes: int,
-    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    expected: int | None,
 ) -> Statistics:
-    """How far each scalar moves, |θ - θ₀|, when all that requires a gradient is trained in full.
-
-    In training mode; low-precision weights through float32 masters. The weights are rewound.
-    """
-    whole = [p for p in model.parameters() if p.requires_grad]
-    trained = list({id(p): p for p in (*parameters.values(), *whole)}.values())
-    with as_it_was(model, parameters.values(), trained):
-        model.train()
-        masters = [
-            p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in trained
-        ]
-        stepper = optimizer(masters)
-
-        def step(found: list[Tensor]) -> None:
-            for master, gradient in zip(masters, found, strict=True):
-                master.grad = gradient.to(master.dtype)
-            stepper.step()
-            for p, master in zip(trained, masters, strict=True):
-                p.data.copy_(master)
-
-        starts = {name: p.detach().clone() for name, p in parameters.items()}
-        _train(model, data, passes, trained, step)
-        ends = {id(p): master for p, master in zip(trained, masters, strict=True)}
-        return {n: (ends[id(p)] - starts[n]).abs().float() for n, p in parameters.items()}
+    """The mean of `measure` of the losses' gradients."""
+    totals = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
+    done = 0
+    for loss in losses:
+        found = gradients(loss, list(parameters.values()))
+        for total, gradient in zip(totals.values(), found, strict=True):
+            total += measure(gradient.float())
+        done += 1
+        data.tell(done, expected)
+    return checked({name: total.div_(max(1, done)) for name, total in totals.items()}, done)
 
 
-def gated_training(
-    model: nn.Module,
-    parameters: Parameters,
-    data: Calibration,
-    passes: int,
-    lr: float,
-    gate_lr: float,
-    penalty: float,
-    seed: int,
-) -> Statistics:
-    """Diff pruning's |z·w| after training θ = θ₀ + z⊙w under an L0 penalty on the gates z.
-
-    z is a hard concrete variable (Louizos et al. 2018) stretched to (-1.5, 1.5), its location
-    starting at 5; penalty · Σ P(z ≠ 0) is added to the loss. The weights are rewound.
-    """
-    tensors = list(parameters.values())
-    draw = torch.Generator(device=tensors[0].device).manual_seed(seed)
-    with as_it_was(model, tensors, tensors):
-        model.train()
-        starts = [p.detach().to(torch.float32, copy=True) for p in tensors]
-        moves = [torch.zeros_like(s, requires_grad=True) for s in starts]
-        gates = [torch.full_like(s, 5.0).requires_grad_() for s in starts]
-        adam = torch.optim.AdamW(
-            [{"params": moves, "lr": lr}, {"params": gates, "lr": gate_lr}], weight_decay=0.0
-        )
-        diffs: list[Tensor] = []
-
-        def place() -> None:
-            diffs.clear()
-            for p, start, move, gate in zip(tensors, starts, moves, gates, strict=True):
-                u = torch.rand(gate.shape, generator=draw, device=draw.device).clamp(1e-6, 1 - 1e-6)
-                diffs.append(_open(u.logit().to(gate.device) + gate) * move)
-                p.data.copy_(start + diffs[-1].detach())
-
-        def step(found: list[Tensor]) -> None:
-            adam.zero_grad()
-            torch.autograd.backward(diffs, [g.float() for g in found])
-            for gate in gates:
-                (penalty * gate.sigmoid().sum()).backward()
-            adam.step()
-
-        _train(model, data, passes, tensors, step, place)
-        with torch.no_grad():
-            return {
-                n: (_open(g) * m).abs() for n, g, m in zip(parameters, gates, moves, strict=True)
-            }
-
-
-def _open(gate: Tensor) -> Tensor:
-    """A hard concrete gate, stretched from (0, 1) to (-1.5, 1.5) and clipped to [0, 1]."""
-    return (gate.sigmoid() * 3.0 - 1.5).clamp(0.0, 1.0)
-
-
-def _train(
-    model: nn.Module,
-    data: Calibration,
-    passes: int,
-    trained: list[nn.Parameter],
-    step: Callable[[list[Tensor]], None],
-    before: Callable[[], None] = lambda: None,
-) -> None:
-    if passes > 1 and iter(data.batches) is data.batches:
-        raise UnmaskError(
-            f"passes={passes} over calibration batches that can be read only once; give a list or "
-            "a DataLoader, or passes=1"
-        )
-    length, done = _length(data), 0
-    for _ in range(passes):
-        for batch in _moved(data, {"": trained[0]}):
-            before()
-            step(gradients(data.loss_of(model, batch), trained))
-            done += 1
-            data.tell(done, None if length is None else length * passes)
-    _check(done)
-
-
-def _loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss by the conventions that `Calibration` states."""
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if isinstance(loss, Tensor):
-            return loss
-    elif isinstance(batch, list | tuple) and len(batch) > 1:
-        output, target = model(*batch[:-1]), batch[-1]
-        if isinstance(output, Tensor) and isinstance(target, Tensor):
-            if target.is_floating_point():
-                return F.mse_loss(output, target)
-            return F.cross_entropy(output.flatten(0, -2), target.flatten())
-    raise UnmaskError(
-        f"no loss can be had from a calibration batch of type {type(batch).__name__}; give a "
-        "mapping with labels to a model that returns .loss, or (inputs, target), or say how: "
-        "unmask.Calibration(batches, loss=lambda model, batch: ...)"
-    )
-
-
-def _loss_of_drawn(model: nn.Module, sample: Any, draw: torch.Generator) -> Tensor:
-    """-log p(y | x) of a y drawn from the model's output; a mean over y's positions that count."""
-    labels = sample.get("labels") if isinstance(sample, Mapping) else sample[-1]
-    output = model(**sample) if isinstance(sample, Mapping) else model(*sample[:-1])
-    logits = output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.shape[-1] < 2:
-        raise UnmaskError(
-            "sample_type='model' draws labels from the model's class scores, and it gives none; "
-            "use sample_type='label'"
-        )
-    flat = logits.flatten(0, -2).float()
-    chances = flat.detach().softmax(-1).cpu()
-    drawn = torch.multinomial(chances, 1, generator=draw).squeeze(1).to(flat.device)
-    if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]:
-        if getattr(model, "loss_type", None) == "ForCausalLM":  # there position t predicts t + 1
-            labels = F.pad(labels[..., 1:], (0, 1), value=-100)
-        drawn = drawn.masked_fill(labels.flatten() == -100, -100)
-    return F.cross_entropy(flat, drawn)
-
-
-def _samples(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches' samples, as batches of one."""
-    for batch in batches:
-        values = list(batch.values() if isinstance(batch, Mapping) else batch)
-        sizes = [len(v) for v in values if isinstance(v, Tensor) and v.ndim]
-        if not sizes:
-            raise UnmaskError(
-                f"a calibration batch of type {type(batch).__name__} holds no tensors to take "
-                "single samples from; give mappings or tuples of tensors"
-            )
-        for i in range(sizes[0]):
-            one = [
-                v[i : i + 1] if isinstance(v, Tensor) and v.ndim and len(v) == sizes[0] else v
-                for v in values
-            ]
-            yield dict(zip(batch, one, strict=True)) if isinstance(batch, Mapping) else tuple(one)
-
-
-def _moved(batches: Iterable[Any], parameters: Parameters) -> Iterator[Any]:
-    """The batches on the device where the parameters are."""
-    device = next(iter(parameters.values())).device
-    for batch in batches:
-        if isinstance(batch, Mapping):
-            yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        elif isinstance(batch, list | tuple):
-            yield tuple(v.to(device) if isinstance(v, Tensor) else v for v in batch)
-        else:
-            yield batch.to(device) if isinstance(batch, Tensor) else batch
-
-
-def _zeros(parameters: Parameters) -> Statistics:
-    return {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
-
-
-def _length(data: Calibration) -> int | None:
-    return len(data.batches) if isinstance(data.batches, Sized) else None
-
-
-def _check(count: int) -> None:
-    if not count:
+def checked(found: Statistics, batches: int) -> Statistics:
+    """What calibration found, refused if it found nothing, or nothing that can be compared."""
+    if not batches:
         raise UnmaskError(
             "attach() was given calibration= without a single batch; give at least one (a "
             "generator is empty after its first use)"
         )
+    for name, statistic in found.items():
+        if not torch.isfinite(statistic).all():
+            raise UnmaskError(
+                f"calibration found NaN or infinity in {name!r}; lower its learning rate, if it "
+                "has one, or calibrate a float32 or bfloat16 model"
+            )
+    return found
+
+
+def on_device(data: Calibration, parameters: Iterable[Tensor]) -> Iterator[Any]:
+    """The batches on the device of these parameters."""
+    return moved(data, next(iter(parameters)).device)
+
+
+def length(data: Calibration) -> int | None:
+    """How many batches there are, if that can be known."""
+    return len(data.batches) if isinstance(data.batches, Sized) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from pathlib import Path
@@ -26,6 +27,11 @@ class Commands(TyperGroup):
         except UnmaskError as mistake:
             say(f"Error: {mistake}")
             raise typer.Exit(2) from mistake
+        except OSError as problem:
+            if problem.errno != errno.ENAMETOOLONG:  # whatever it was meant for
+                raise
+            say(f"Error: {problem.strerror}: {problem.filename}")
+            raise typer.Exit(2) from problem
 
 
 app = typer.Typer(
@@ -134,15 +140,14 @@ def train(
     }
     if resume and (overwrite or out is None):
         raise UnmaskError("--resume goes with --out, the folder of the run, without --overwrite")
-    from unmask.recipes import config as configs
-    from unmask.recipes import run
+    from unmask.recipes import parse, run
 
     if text is not None:
         given["text"] = tuple(column for names in text for column in names.split(","))
     if settings is not None:
-        given["settings"] = configs.parse_settings(settings)
+        given["settings"] = parse.parse_settings(settings)
     if save_at is not None:
-        given["save_at"] = configs.parse_levels(save_at)
+        given["save_at"] = parse.parse_levels(save_at)
     config = run.placed(run.asked(given, resume=resume))
     if resume and (done := run.finished(config)) is not None:
         say(f"the run in {config.out} is finished", screen)
@@ -280,28 +285,36 @@ def plan(
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
     dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
     device: Annotated[str, typer.Option(help="Where it will train: cpu or cuda.")] = "cpu",
+    peft: Annotated[
+        str | None,
+        typer.Option(metavar="KIND:KEY=VALUE,...", help="Choose from modules put in, as in train."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="The method's own keys, as in train."),
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Say which modes fit in so much: 24GB, 80GiB.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what training will take in memory, by part and mode, from the model's config alone."""
+    from unmask.recipes import parse, presets
     from unmask.recipes import plan as planner
-    from unmask.recipes import presets
-    from unmask.recipes.config import parse_budget
     from unmask.recipes.run import calm
 
     room = None if memory is None else planner.parse_memory(memory)
-    scalars = parse_budget(presets.budget(method) if budget is None else budget)
+    scalars = parse.parse_budget(presets.budget(method) if budget is None else budget)
+    keys = parse.parse_settings(settings or ())
     with calm():
         found = planner.plan(
-            model, method, scalars, batch_size, sequence_length, dtype, device=device
+            model, method, scalars, batch_size, sequence_length, dtype, device, keys, peft
         )
     fitting = () if room is None else found.fitting(room)
     if as_json:
         print(json.dumps(found.to_dict() | ({} if room is None else {"fits": fitting}), indent=2))
         return
-    screens.plan(found, batch_size, sequence_length, dtype, memory, fitting)
+    screens.plan(found, memory, fitting)
 
 
 def _delta_folder(path: Path) -> Path:

@@ -59,9 +59,9 @@ class Role(NamedTuple):
 Rule = Callable[..., list[Role] | None]
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Role]:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Role] | None:
     """dW[o, i] = Σ_t dY[t, o]·X[t, i]; db[o] = Σ_t dY[t, o]."""
-    return [Role(weight, _rows, (input,)), Role(bias, _sum)]
+    return [Role(weight, _rows, (input,)), Role(bias, _sum)] if weight.dim() == 2 else None
 
 
 def addmm(

@@ -78,7 +78,7 @@ def find(
     """
     if not isinstance(model, nn.Module):
         raise UnmaskError(f"attach() was given {model!r} for its model; give a torch.nn.Module")
-    includes, excludes, fully = (_listed(p) for p in (include, exclude, train_fully))
+    includes, excludes, fully = (listed(p) for p in (include, exclude, train_fully))
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
@@ -118,6 +118,10 @@ def find(
         and not matches(p, excludes)
     }
     for name, parameter in (*whole.items(), *chosen.items()):
+        if is_lazy(parameter):
+            raise UnmaskError(
+                f"parameter {name!r} has no shape yet; run the model once before attach()"
+            )
         if parameter.is_meta:
             raise UnmaskError(
                 f"parameter {name!r} is on the meta device and has no values; "
@@ -140,5 +144,6 @@ def is_plain(parameter: Tensor) -> bool:
     return is_lazy(parameter) or type(parameter.detach()) is Tensor
 
 
-def _listed(patterns: Patterns) -> tuple[str, ...]:
+def listed(patterns: Patterns) -> tuple[str, ...]:
+    """One pattern or several, as several."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import FunctionType
 from typing import Any
 
+from unmask.eligible import listed
 from unmask.errors import UnmaskError
 from unmask.heuristics import Heuristic
 from unmask.schedules import Schedule
@@ -19,6 +20,7 @@ from unmask.units import Units as Units  # a scope that `from_dict` has to know 
 __all__ = ["Budget", "Method"]
 
 Budget = int | float
+INNER = (Heuristic, Schedule, Scope)  # what parts of a method hold
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Method:
                     f"give an instance of unmask.{kind.__name__}"
                 )
         object.__setattr__(self, "budget", _checked(self.budget))
-        object.__setattr__(self, "include", tuple(self.include))
+        object.__setattr__(self, "include", listed(self.include))
 
     def resolve(self, eligible: int, tensors: int) -> int:
         """The budget in scalars, given how many are eligible."""
@@ -66,11 +68,11 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description, read back by `from_dict`."""
         return {
-            "heuristic": _encode(self.heuristic),
-            "strategy": _encode(self.strategy),
+            "heuristic": encode(self.heuristic),
+            "strategy": encode(self.strategy),
             "budget": self.budget,
             "include": list(self.include),
-            "scope": _encode(self.scope),
+            "scope": encode(self.scope),
         }
 
     @classmethod
@@ -78,11 +80,11 @@ class Method:
         """The method that `to_dict` described; classes of your own are found once imported."""
         try:
             return cls(
-                heuristic=_decode(described["heuristic"], Heuristic),
-                strategy=_decode(described["strategy"], Strategy),
+                heuristic=decode(described["heuristic"], Heuristic),
+                strategy=decode(described["strategy"], Strategy),
                 budget=described["budget"],
-                include=tuple(described["include"]),
-                scope=_decode(described["scope"], Scope),
+                include=described["include"],
+                scope=decode(described["scope"], Scope),
             )
         except (KeyError, TypeError) as problem:
             raise UnmaskError(
@@ -111,7 +113,7 @@ def _checked(budget: Budget) -> Budget:
     return count
 
 
-def _encode(part: Any) -> Any:
+def encode(part: Any) -> Any:
     """A frozen dataclass as {"kind": class name, field: value, ...}, parts within parts too."""
     if isinstance(part, FunctionType):
         name = f"{part.__module__}:{part.__qualname__}"
@@ -122,13 +124,15 @@ def _encode(part: Any) -> Any:
             )
         return {"function": name}
     if not is_dataclass(part):
+        if hasattr(part, "item"):  # a number of numpy's or torch's
+            return part.item()
         return list(part) if isinstance(part, tuple) else part
-    return {"kind": _kind(type(part))} | {
-        f.name: _encode(getattr(part, f.name)) for f in fields(part)
-    }
+    described = {f.name: encode(getattr(part, f.name)) for f in fields(part)}
+    return {"kind": _kind(type(part)), **described}
 
 
-def _decode(described: Any, *bases: type[Any]) -> Any:
+def decode(described: Any, *bases: type[Any]) -> Any:
+    """The inverse of `encode`, for a part of a method that is one of these."""
     if isinstance(described, Mapping) and "function" in described:
         found = _function(str(described["function"]))
         if found is None:
@@ -146,8 +150,7 @@ def _decode(described: Any, *bases: type[Any]) -> Any:
             f"no {sort} is called {described['kind']!r}; there are {', '.join(sorted(kinds))} "
             "(import the module that defines your own first)"
         )
-    parts = (Heuristic, Schedule, Scope)  # what other parts hold
-    values = {k: _decode(v, *parts) for k, v in described.items() if k != "kind"}
+    values = {k: decode(v, *INNER) for k, v in described.items() if k != "kind"}
     return kinds[described["kind"]](**values)
 
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from unmask.allot import down, up
 from unmask.errors import UnmaskError
 
 __all__ = [
@@ -89,7 +90,7 @@ class FrontLoaded(Schedule):
             raise UnmaskError(f"FrontLoaded was asked for by={self.by}; by is a share in (0, 1]")
 
     def target(self, step: int, steps: int, budget: int) -> int:
-        last = max(1, math.ceil(steps * self.by))
+        last = max(1, up(steps * self.by))
         return budget * min(step, last) // last
 
 
@@ -180,7 +181,11 @@ class Custom(Schedule):
     curve: Callable[[float], float] = uniform_share
 
     def target(self, step: int, steps: int, budget: int) -> int:
-        return _exact(self.curve(min(step / steps, 1.0)), step, steps, budget)
+        past = min(step / steps, 1.0)
+        share = self.curve(past)
+        if not math.isfinite(share):
+            raise UnmaskError(f"Custom's curve({past}) is {share}; it must be from 0 to 1")
+        return _exact(share, step, steps, budget)
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,8 @@ class Plateau(Schedule):
 
     def hear(self, heard: tuple[float, ...], loss: float) -> tuple[float, ...]:
         best, waited, reached = heard or (math.inf, 0.0, 0.0)
-        if loss < best - self.tolerance * abs(best) or best == math.inf:
+        first = best == math.inf and not math.isnan(loss)
+        if first or loss < best - self.tolerance * abs(best):
             return loss, 0.0, reached
         if waited + 1 < self.patience:
             return best, waited + 1, reached
@@ -231,5 +237,4 @@ def _exact(share: float, step: int, steps: int, budget: int) -> int:
     """That share of the budget in whole scalars; all of it at the end."""
     if step >= steps:
         return budget
-    # A curve's last digits are rounding errors; cut them, so that one never costs a scalar.
-    return min(budget, max(0, math.floor(round(share, 12) * budget)))
+    return min(budget, max(0, down(share * budget)))

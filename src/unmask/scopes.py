@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from unmask.allot import allot
-from unmask.eligible import Eligible
+from unmask.allot import allot, up
+from unmask.eligible import Eligible, listed
 from unmask.errors import UnmaskError
 from unmask.heuristics import Heuristic
-from unmask.select import NonFinite, Piece, TopK, ranked
+from unmask.select import TopK, ranked
+from unmask.selectors import Grouped, Within
+from unmask.selectors import Selector as Selector
 
 __all__ = ["Bounded", "Global", "PerLayer", "PerTensor", "Scope", "Selector"]
-
-
-class Selector(Protocol):
-    """Chooses while tensors stream past in any order."""
-
-    count: int
-
-    def offer(self, pieces: Iterable[Piece]) -> None:
-        """Look at these tensors; each is offered once."""
-
-    def best(self) -> tuple[Tensor, Tensor]:
-        """The chosen scalars' global indices, sorted, int64, and their gradients."""
 
 
 class Scope(ABC):
@@ -85,7 +73,7 @@ class Bounded(Scope):
         high = [max(0, _measure(self.cap, n) - t) for n, t in zip(sizes, taken, strict=True)]
         low = [max(0, _measure(self.floor, n) - t) for n, t in zip(sizes, taken, strict=True)]
         low = [min(pair) for pair in zip(low, high, strict=True)]
-        return _BoundedSelector(count, heuristic, eligible, kept.device, low, high)
+        return Within(count, heuristic, eligible, kept.device, low, high)
 
 
 @dataclass(frozen=True)
@@ -110,6 +98,11 @@ class PerTensor(Scope):
                 f"{type(self).__name__} was asked for by={self.by!r}; it is one of "
                 f"{', '.join(MEASURES)}"
             )
+        if not isinstance(self.within, Scope) or isinstance(self.within, PerTensor):
+            raise UnmaskError(
+                f"{type(self).__name__} was asked for within={self.within!r}; it is a scope that "
+                "deals out no parts itself: unmask.Global(), Bounded(...) or Units(...)"
+            )
 
     def groups(self, eligible: Eligible) -> list[int]:
         """Which group each tensor belongs to, counted from 0."""
@@ -126,7 +119,7 @@ class PerTensor(Scope):
             self.within.selector(part - had, heuristic, eligible, kept) if part > had else None
             for part, had in zip(parts, taken, strict=True)
         ]
-        return _GroupedSelector(count, heuristic, eligible, owner, selectors)
+        return Grouped(count, heuristic, eligible, owner, selectors)
 
     def staying(self, index: Tensor, worth: Tensor, count: int, eligible: Eligible) -> Tensor:
         owner = self.groups(eligible)
@@ -169,7 +162,7 @@ class PerLayer(PerTensor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "patterns", tuple(self.patterns))
+        object.__setattr__(self, "patterns", listed(self.patterns))
 
     def groups(self, eligible: Eligible) -> list[int]:
         names = [self._layer(name) for name in eligible.names]
@@ -187,103 +180,6 @@ class PerLayer(PerTensor):
 MEASURES = ("size", "sides", "even")
 
 
-class _GroupedSelector:
-    """A selector for every group of tensors."""
-
-    def __init__(
-        self,
-        count: int,
-        heuristic: Heuristic,
-        eligible: Eligible,
-        owner: list[int],
-        selectors: list[Selector | None],
-    ) -> None:
-        self.count, self._heuristic, self._eligible = count, heuristic, eligible
-        self._owner, self._selectors = owner, selectors
-
-    def offer(self, pieces: Iterable[Piece]) -> None:
-        for piece in pieces:
-            selector = self._selectors[self._owner[self._eligible.owner(piece.offset)]]
-            if selector is not None:
-                selector.offer([piece])
-            else:
-                finite(piece, self._heuristic)
-
-    def best(self) -> tuple[Tensor, Tensor]:
-        found = [selector.best() for selector in self._selectors if selector is not None]
-        index, gradient = (torch.cat(parts) for parts in zip(*found, strict=True))
-        index, order = index.sort()
-        return index, gradient[order]
-
-
-class _BoundedSelector:
-    """Of every tensor its best up to the cap; those up to the floor go before all others."""
-
-    def __init__(
-        self,
-        count: int,
-        heuristic: Heuristic,
-        eligible: Eligible,
-        home: torch.device,
-        low: list[int],
-        high: list[int],
-    ) -> None:
-        self.count, self._heuristic, self._eligible, self._home = count, heuristic, eligible, home
-        self._low, self._high = low, high
-        self._room = 0
-        none = torch.empty(0, device=home)
-        self._first: Found = (none, none.long(), none)
-        self._rest: Found = self._first
-
-    def offer(self, pieces: Iterable[Piece]) -> None:
-        for piece in pieces:
-            k = self._eligible.owner(piece.offset)
-            self._room += self._high[k]
-            most = min(self.count, self._high[k])
-            if not most:
-                finite(piece, self._heuristic)
-                continue
-            top = TopK(most, self._heuristic, self._home)
-            top.offer([piece])
-            found = top.scored()
-            order = ranked(found[0], found[1])
-            first, rest = (
-                tuple(part[o] for part in found)
-                for o in (order[: self._low[k]], order[self._low[k] :])
-            )
-            self._first, self._rest = (
-                _best(self._first, first, self.count),
-                _best(self._rest, rest, self.count),
-            )
-
-    def best(self) -> tuple[Tensor, Tensor]:
-        if self._room < self.count:
-            raise UnmaskError(
-                f"the cap of each tensor leaves room for {self._room:,} more scalars, and "
-                f"{self.count:,} are to be unmasked; raise cap= or lower the budget"
-            )
-        rest = tuple(part[: self.count - len(self._first[0])] for part in self._rest)
-        _, index, gradient = _best(self._first, rest, self.count)
-        index, order = index.sort()
-        return index, gradient[order]
-
-
-Found = tuple[Tensor, ...]  # scores, global indices, gradients
-
-
-def _best(some: Found, more: Found, count: int) -> Found:
-    """The best `count` of both, the best first."""
-    both = [torch.cat(parts) for parts in zip(some, more, strict=True)]
-    order = ranked(both[0], both[1])[:count]
-    return tuple(part[order] for part in both)
-
-
-def finite(piece: Piece, heuristic: Heuristic) -> None:
-    """Raise NonFinite for a gradient that isn't, also where nothing is to be chosen."""
-    if piece.grad is not None and heuristic.uses_gradient and not torch.isfinite(piece.grad).all():
-        raise NonFinite(piece.name)
-
-
 def _measure(bound: int | float, size: int) -> int:
     """A floor or a cap in scalars, for a tensor of that size."""
     if isinstance(bound, bool) or not (bound >= 0 if isinstance(bound, int) else 0 <= bound <= 1):
@@ -291,7 +187,7 @@ def _measure(bound: int | float, size: int) -> int:
             f"{bound!r} is no floor or cap: give an int (scalars) or a float in [0, 1] (a share "
             "of the tensor)"
         )
-    return min(bound, size) if isinstance(bound, int) else math.ceil(bound * size)
+    return min(bound, size) if isinstance(bound, int) else up(bound * size)
 
 
 def _sizes(eligible: Eligible) -> list[int]:

@@ -90,18 +90,12 @@ def method(described: Description, keys: Mapping[str, Any]) -> None:
         say(f"--set {key}={value}", screen)
 
 
-def plan(
-    found: Plan,
-    batch_size: int,
-    sequence_length: int,
-    dtype: str,
-    memory: str | None,
-    fitting: Sequence[str],
-) -> None:
+def plan(found: Plan, memory: str | None, fitting: Sequence[str]) -> None:
     """Bytes by part and mode, and which modes fit into `memory`."""
     from unmask.recipes.plan import PARTS
 
-    title = f"{found.method} on {found.parameters:,} parameters in {dtype}, MB"
+    inside = f" in {found.peft}" if found.peft else ""
+    title = f"{found.method}{inside} on {found.parameters:,} parameters in {found.dtype}, MB"
     table = Table("", *(row.mode for row in found.rows), title=title)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -111,12 +105,26 @@ def plan(
         fits = ["yes" if row.mode in fitting else "no" for row in found.rows]
         table.add_row(f"fits in {memory}", *fits)
     screen.print(table)
-    say(
-        f"{found.budget:,} of {found.eligible:,} scalars, {batch_size} x {sequence_length} tokens, "
-        "AdamW. Each part at its largest; the peak is\nall of them at the worst moment. Without "
-        "the interpreter and libraries. sampled: where it selects; less between.",
-        screen,
-    )
+    size = f"{found.batch_size} x {found.sequence_length} tokens"
+    notes = [
+        f"{found.budget:,} of {found.eligible:,} scalars, {size}, AdamW.",
+        "Each part at its largest; the peak is all of them at the worst moment.",
+        "Without the interpreter and its libraries.",
+    ]
+    if found.device == "cpu":
+        notes.append(
+            "On Linux the C library holds up to a half more unless MALLOC_MMAP_THRESHOLD_=65536 "
+            "is set, with which steps take longer."
+        )
+    if found.resting is not None:
+        notes.append(f"sampled, steps that choose nothing: peak {found.resting / 1e6:,.1f} MB.")
+    if found.before is not None:
+        notes.append(
+            f"Not counted: before training, {found.method} needs {found.before}, "
+            "N being the scalars that it may choose from."
+        )
+    for note in notes:
+        say(note, screen)
 
 
 def _shape(shape: Iterable[int]) -> str:

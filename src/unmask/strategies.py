@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from unmask.allot import down
 from unmask.errors import UnmaskError
 from unmask.schedules import Schedule, Uniform
 
@@ -112,6 +113,13 @@ class Increment(Strategy):
 
     schedule: Schedule = field(default_factory=Uniform)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise UnmaskError(
+                f"Increment was given {self.schedule!r} for its schedule; give an instance of "
+                "unmask.Schedule, unmask.Uniform() say"
+            )
+
     def quota(self, step: int, active: int, budget: int, steps: int | None) -> Quota:
         assert steps is not None  # the tuner asks for steps before the first quota
         return Quota(drop=0, grow=max(0, self.schedule.target(step, steps, budget) - active))
@@ -164,7 +172,7 @@ class DropGrow(Strategy):
             return Quota(0, 0)
         past = step / steps
         left = 1 - past if self.decay == "linear" else (1 + math.cos(math.pi * past)) / 2
-        change = int(round(budget * self.rate * left, 9))  # 2 - 1e-16 is 2
+        change = down(budget * self.rate * left)
         return Quota(drop=change, grow=change)
 
     @property

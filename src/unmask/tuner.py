@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unmask.course import Course
 from unmask.delta import Delta, Sparse, fingerprint
 from unmask.draft import Draft
 from unmask.driver import Driver
@@ -22,6 +23,7 @@ from unmask.processes import check_alike, check_unwrapped
 from unmask.sampled import Hook, Sampler
 from unmask.slots import Slots
 from unmask.slots import Values as Values
+from unmask.whole import WholeTensors
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tuner]] = weakref.WeakKeyDictionary()
 
@@ -69,9 +71,7 @@ def attach(
     eligible, full = find(model, include, exclude, train_fully)
     if method.include != ("*",):
         eligible = _narrowed(eligible, find(model, method.include)[0], method)
-    other = _attached.get(model)
-    if other is not None and other() is not None:
-        raise UnmaskError("this model has a tuner already; call that tuner's detach() first")
+    _check_free(model)
     return Tuner(model, method, steps, eligible, full, calibration, gradients, accumulation)
 
 
@@ -82,6 +82,7 @@ class Tuner:
     budget  the method's budget in scalars
     values  the vector, where an integration hosts the run: its optimiser is then made elsewhere,
             and the integration says which weights require a gradient and when
+    chosen  whether the choice is made already, for good, and comes by `load_state_dict`
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Tuner:
         gradients: str,
         accumulation: int | None,
         values: Values | None = None,
+        chosen: bool = False,
     ) -> None:
         self.model, self.method, self.eligible, self.full = model, method, eligible, full
         self.gradients = gradients
@@ -103,19 +105,21 @@ class Tuner:
         others = dict(full)  # what the optimiser trains besides
         intake = Intake(self._draft, eligible, self.slots.values, others, gradients, accumulation)
         self._driver = Driver(self.slots, intake, others)
-        self._steps: int | None = None
+        self._course = Course(method, self.budget)
         self.steps = steps
         self._seen: dict[int, Tensor] = {}  # what the heuristic keeps of whole tensors, if anything
-        self._heard: tuple[float, ...] = ()  # what the strategy keeps of the reported losses
-        # What the base lacks, so that the delta has to bring it along.
-        self._random = random_parts(model) if values is None else {}
-        self._whole_base = _copies(self._whole())
+        self._whole = WholeTensors(model, full, random_parts(model) if values is None else {})
         self._on_optimizer: list[Callable[[torch.optim.Optimizer], None]] = []
         hosted = self._driver.listen() if values is not None else [self._freezing()]
         self._undo = [*hosted, *intake.watch()]  # what detach() takes back, last first
         if intake.sampled:
             self._undo += Sampler(self.slots, intake, self._settled).watch(model)
-        self._calibrate(calibration)
+        try:
+            if not chosen:
+                self._calibrate(calibration)
+        except BaseException:  # the model can be given to attach() again
+            self.release()
+            raise
         if values is None and (gradients != "dense" or len(self.slots) or self._seen):
             alike = Hook(self._with_others, [])
             self._undo.append(model.register_forward_pre_hook(alike).remove)
@@ -128,20 +132,11 @@ class Tuner:
     @property
     def steps(self) -> int | None:
         """Optimiser steps T of the schedule; settable until the first is taken."""
-        return self._steps
+        return self._course.steps
 
     @steps.setter
     def steps(self, steps: int | None) -> None:
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
-            raise UnmaskError(f"steps={steps!r}; steps is a whole number of optimiser steps")
-        if steps is not None and steps < 1:
-            raise UnmaskError(f"steps={steps}; give the number of optimiser steps, 1 or more")
-        if self.step and steps != self._steps:
-            raise UnmaskError(
-                f"steps can't change from {self._steps} to {steps} after {self.step} steps were "
-                "taken; set it before the first"
-            )
-        self._steps = steps
+        self._course.lead(steps, self.step)
 
     @property
     def step(self) -> int:
@@ -183,7 +178,7 @@ class Tuner:
 
     def report(self, loss: float) -> None:
         """Tell the strategy the training loss of a step; those that adapt to it go by this."""
-        self._heard = self.method.strategy.hear(self._heard, float(loss))
+        self._course.report(float(loss))
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on: O(budget) and what is trained fully.
@@ -197,9 +192,8 @@ class Tuner:
             "updates": self.updates,
             "slots": self.slots.state_dict(),
             "seen": {self.eligible.names[k]: seen.clone() for k, seen in self._seen.items()},
-            "heard": list(self._heard),
-            "whole": _copies(self._whole()),
-            "whole_base": _copies(self._whole_base),
+            "heard": list(self._course.heard),
+            **self._whole.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -208,23 +202,17 @@ class Tuner:
         The model may be a fresh copy of the base or hold the checkpoint's weights already; any
         other is refused, with nothing changed.
         """
-        steps = {} if self._steps is None else {"steps": self._steps}
-        _check_state(state, {**self._identity(), **steps}, self._whole())
-        drawn = _copies(self._random)  # here; the base that the state is of drew otherwise
-        _copy(self._random, {name: state["whole_base"][name] for name in drawn})
-        try:
+        steps = {} if self.steps is None else {"steps": self.steps}
+        _check_state(state, {**self._identity(), **steps})
+        self._whole.check(state)
+        with self._whole.drawn_as(state):
             self.slots.load_state_dict(state["slots"])
-        except UnmaskError:
-            _copy(self._random, drawn)
-            raise
-        _copy(self._whole(), state["whole"])
-        self._whole_base = _copies(state["whole_base"])
+        self._whole.load_state_dict(state)
         self._seen.clear()
         for k, name in enumerate(self.eligible.names):
             if name in state["seen"]:
                 self._seen[k] = state["seen"][name].to(self.eligible.tensors[k].device, copy=True)
-        self._heard = tuple(state["heard"])
-        self._steps = state["steps"]
+        self._course.heard, self._course.steps = tuple(state["heard"]), state["steps"]
         self._driver.step, self._driver.updates = state["step"], state["updates"]
         self._driver.intake.forget()
 
@@ -240,7 +228,7 @@ class Tuner:
         sparse, before = {}, {}
         for k, start, stop in self.eligible.split(index):
             name, tensor = self.eligible.names[k], self.eligible.tensors[k]
-            if name in self._random:
+            if name in self._whole.random:
                 continue
             flat = index[start:stop].long() - self.eligible.offsets[k]
             shape = tuple(tensor.shape)
@@ -248,8 +236,8 @@ class Tuner:
             before[name] = Sparse(shape, flat, base[start:stop].to(tensor.dtype))
         return Delta(
             sparse=sparse,
-            full={**self.full, **self._random},
-            buffers=_statistics(self.model),
+            full={**self.full, **self._whole.random},
+            buffers=self._whole.statistics(),
             base=fingerprint(before),
             info={
                 "method": self.method.to_dict(),
@@ -271,10 +259,10 @@ class Tuner:
         if unknown := delta.sparse.keys() - set(self.eligible.names):
             raise UnmaskError(f"the delta changes {min(unknown)!r}, which isn't eligible here")
         self._revert()
-        whole = {n: t for n, t in delta.full.items() if n in self.eligible.parameters}
-        moved = {n: t != self.eligible.parameters[n].detach().cpu() for n, t in whole.items()}
         self.slots.clear()
         undo = delta.apply(self.model)
+        whole = delta.full.keys() & self.eligible.parameters.keys()
+        moved = {name: delta.full[name] != undo.full[name] for name in whole}
         undo.apply(self.model)
         starts = dict(zip(self.eligible.names, self.eligible.offsets, strict=False))
         chosen = [part.indices + starts[name] for name, part in delta.sparse.items()]
@@ -292,6 +280,11 @@ class Tuner:
 
         Returns the Delta of what training had changed.
         """
+        if _tuner_of(self.model) is not self:
+            raise UnmaskError(
+                "this tuner is off its model already; what it had changed is in the delta that its "
+                "detach() returned"
+            )
         delta = self.delta()
         self._revert()
         self.release()
@@ -308,7 +301,12 @@ class Tuner:
         while self._undo:
             self._undo.pop()()
         self.slots.values.collect = self.slots.values.assign = None
-        _attached.pop(self.model, None)
+        if _tuner_of(self.model) is self:
+            del _attached[self.model]
+
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """All parameters that it may change."""
+        return (*self.eligible.tensors, *self.full.values())
 
     def last_pass(self, last: bool) -> None:
         """Say whether the backward pass to come is the step's last (with accumulation=None)."""
@@ -326,26 +324,15 @@ class Tuner:
 
     def _draft(self) -> Draft:
         """A draft of the step to come."""
-        strategy = self.method.strategy.hearing(self._heard)
-        if self.steps is None and strategy.needs_steps:
-            raise UnmaskError(
-                f"{type(strategy).__name__} needs the number of optimiser steps of the run; give "
-                "steps= to attach() or UnmaskConfig(), or set tuner.steps before the first step"
-            )
-        step = self.step + 1
-        quota = strategy.quota(step, len(self.slots), self.budget, self.steps)
-        if self._final():
+        step, active = self.step + 1, len(self.slots)
+        quota, watching = self._course.at(step, active)
+        if self._course.final(active):
             self._seen.clear()  # nothing will be scored again
-        watching = not self._final() and self.method.heuristic.watches(step)
         return Draft(self.slots, self.method, quota, self._seen, step, watching)
 
     def _settled(self) -> bool:
         """Whether the step to come leaves the choice as it is, and needs no other gradients."""
-        strategy, step = self.method.strategy.hearing(self._heard), self.step + 1
-        if self.steps is None and strategy.needs_steps:
-            return False
-        watching = not self._final() and self.method.heuristic.watches(step)
-        return not (watching or any(strategy.quota(step, len(self.slots), self.budget, self.steps)))
+        return self._course.settled(self.step + 1, len(self.slots))
 
     def _with_others(self, _: nn.Module, agreed: list[bool]) -> None:
         """Before a forward pass: of several processes, all must be about to train the same."""
@@ -356,10 +343,6 @@ class Tuner:
 
         if not agreed and check_alike(self.gradients, state):
             agreed.append(True)
-
-    def _final(self) -> bool:
-        """Whether the choice is made for good."""
-        return self.method.strategy.once and len(self.slots) == self.budget
 
     def _calibrate(self, batches: Iterable[Any] | None) -> None:
         """Let the heuristic look at data; choose at once where training gradients have no say."""
@@ -374,7 +357,7 @@ class Tuner:
 
     def _freezing(self) -> Callable[[], None]:
         """Freeze what isn't trained; returns what takes that back, gradients included."""
-        trained = {id(p) for p in (*self.eligible.tensors, *self.full.values())}
+        trained = {id(p) for p in self.trained()}
         before = [(p, p.requires_grad) for p in self.model.parameters() if p.is_floating_point()]
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) in trained)
@@ -389,16 +372,26 @@ class Tuner:
     def _revert(self) -> None:
         """Give the model the weights it had before training."""
         self.slots.write(*self.slots.touched())
-        _copy(self._whole(), self._whole_base)
+        self._whole.revert()
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on with the other's state."""
         method = json.dumps(self.method.to_dict(), sort_keys=True)
         return {"scalars": self.eligible.total, "budget": self.budget, "method": method}
 
-    def _whole(self) -> dict[str, Tensor]:
-        """What is kept whole: full parameters, what was drawn at random, and statistics."""
-        return {**self.full, **self._random, **_statistics(self.model)}
+
+def _tuner_of(model: nn.Module) -> Tuner | None:
+    held = _attached.get(model)
+    return None if held is None else held()
+
+
+def _check_free(model: nn.Module) -> None:
+    """Refuse a model that another tuner has already, or a part of it."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for other in map(_tuner_of, list(_attached)):
+        if other is not None and any(id(p) in own for p in other.trained()):
+            where = "model" if other.model is model else "model shares parameters with one that"
+            raise UnmaskError(f"this {where} has a tuner already; call that tuner's detach() first")
 
 
 def _narrowed(eligible: Eligible, chosen: Eligible, method: Method) -> Eligible:
@@ -411,9 +404,7 @@ def _narrowed(eligible: Eligible, chosen: Eligible, method: Method) -> Eligible:
     return Eligible(kept)
 
 
-def _check_state(
-    state: Mapping[str, Any], same: Mapping[str, Any], whole: Mapping[str, Tensor]
-) -> None:
+def _check_state(state: Mapping[str, Any], same: Mapping[str, Any]) -> None:
     """Refuse what isn't a tuner's state, or is one of another method or model."""
     keys = {*same, "steps", "step", "updates", "slots", "seen", "heard", "whole", "whole_base"}
     if missing := keys - state.keys():
@@ -427,30 +418,3 @@ def _check_state(
                 f"the state is of a run with {key}={state[key]}, this one has {ours}; "
                 "attach() with the same method, steps=, include= and exclude="
             )
-    theirs, mine = ({n: (t.shape, t.dtype) for n, t in d.items()} for d in (state["whole"], whole))
-    if theirs != mine:
-        odd = ", ".join(sorted(theirs.keys() ^ mine.keys())) or "shapes or dtypes"
-        raise UnmaskError(
-            f"the state and this run differ in what is kept whole ({odd}); "
-            "attach() to the same model with the same train_fully="
-        )
-
-
-def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that training changes by itself: running statistics of normalisation layers."""
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase)
-        for name, buffer in module.named_buffers(recurse=False)
-    }
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, tensor in values.items():
-        into[name].copy_(tensor)

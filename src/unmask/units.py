@@ -11,8 +11,9 @@ from torch import Tensor
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError
 from unmask.heuristics import Heuristic, Scalars
-from unmask.scopes import Scope, Selector, finite
+from unmask.scopes import Scope
 from unmask.select import Piece, ranked
+from unmask.selectors import Selector, finite
 
 __all__ = ["Units"]
 
@@ -111,7 +112,7 @@ class _UnitSelector:
     def _look(self, piece: Piece) -> None:
         tensor = self._eligible.tensors[self._eligible.owner(piece.offset)]
         first, number = self._cut.firsts(tensor), self._cut.numbers(tensor)
-        taken = piece.taken.long() - piece.offset
+        taken = piece.taken
         score = self._scores(piece)
         size = torch.bincount(number, minlength=len(first))
         size -= torch.bincount(number[taken], minlength=len(first))
@@ -122,7 +123,7 @@ class _UnitSelector:
         alive[_worth_holding(mean, first, size, self.count)] = True
         free = alive[number].index_fill_(0, taken, False)
         flat = free.nonzero().squeeze(1)
-        grad = torch.zeros_like(score) if piece.grad is None else piece.grad
+        grad = torch.zeros_like(score) if piece.grad is None else piece.grad.detach().reshape(-1)
         grad = grad[flat] if grad.dtype == torch.float64 else grad[flat].float()
         unit = first + piece.offset
         units = (mean[alive], unit[alive], size[alive])
@@ -133,16 +134,18 @@ class _UnitSelector:
 
     def _scores(self, piece: Piece) -> Tensor:
         parts = []
-        for start in range(0, len(piece.theta), RUN):
-            flat = range(start, min(start + RUN, len(piece.theta)))
+        weights = piece.theta.detach().reshape(-1)
+        given = self._heuristic.uses_gradient and piece.grad is not None
+        gradients = piece.grad.detach().reshape(-1) if given else None  # type: ignore[union-attr]
+        for start in range(0, len(weights), RUN):
+            flat = range(start, min(start + RUN, len(weights)))
             run = slice(flat.start, flat.stop)
-            theta = piece.theta[run].float()
-            given = self._heuristic.uses_gradient and piece.grad is not None
-            grad = piece.grad[run].float() if given else torch.zeros_like(theta)  # type: ignore[index]
+            theta = weights[run].float()
+            grad = torch.zeros_like(theta) if gradients is None else gradients[run].float()
             seen = None if piece.seen is None else piece.seen[run]
             scalars = Scalars(theta, grad, piece.name, piece.offset, flat, seen)
             parts.append(self._heuristic.score(scalars).float())
-        return torch.cat(parts) if parts else piece.theta.float()
+        return torch.cat(parts) if parts else weights.float()
 
     def _thin(self) -> None:
         """Let go of units that can't be chosen any more."""

@@ -63,7 +63,8 @@ class Whole:
     def matrix(self) -> Tensor:
         """The gradient in float32, with everything behind the first dimension as columns."""
         grad = self.grad.float()
-        return grad.reshape(len(grad), -1) if grad.ndim else grad.reshape(1, 1)
+        height = len(grad) if grad.ndim else 1
+        return grad.reshape(height, grad.numel() // max(1, height))
 
 
 class Heuristic(ABC):
@@ -115,11 +116,11 @@ class Heuristic(ABC):
 
 def needs_gradient(inner: Heuristic, outer: Heuristic) -> None:
     """Refuse a heuristic that can't be wrapped: its score must be of θ and ∇θ alone."""
-    plain = all(
+    plain = isinstance(inner, Heuristic) and all(
         getattr(type(inner), hook) is getattr(Heuristic, hook)
         for hook in ("calibrate", "observe", "survey")
     )
-    if not (inner.uses_gradient and plain):
+    if not (plain and inner.uses_gradient):
         raise UnmaskError(
             f"{type(outer).__name__} was asked for inner={inner!r}; give it a heuristic of the "
             "weight and the gradient alone: D3, Gradient, SquaredGradient, Taylor, one of your own"

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from unmask.calibrate import fisher, full_training, gated_training, given, mean_gradient
+from unmask.calibrate import fisher, given, mean_gradient
 from unmask.errors import UnmaskError
 from unmask.heuristics.base import Heuristic, Scalars, needs_gradient
 from unmask.heuristics.formulas import Taylor
+from unmask.rehearse import full_training, gated_training
 
 __all__ = ["Calibrated", "DiffPruning", "Fisher", "Movement"]
 
@@ -123,6 +124,14 @@ class Movement(_OfData):
         self, model: nn.Module, parameters: Parameters, batches: Batches
     ) -> dict[str, Tensor]:
         kind, data = getattr(torch.optim, self.optimizer), given(batches, self)
+        weight = torch.zeros(2)
+        weight.grad = torch.zeros(2)
+        try:  # on any vector: one may take matrices only, or call the model several times a step
+            kind([weight], lr=self.lr).step()
+        except (TypeError, ValueError, RuntimeError) as problem:
+            raise UnmaskError(
+                f"Movement can't train by torch.optim.{self.optimizer}: {problem}; AdamW or SGD do"
+            ) from problem
         return full_training(
             model, parameters, data, self.passes, lambda masters: kind(masters, lr=self.lr)
         )

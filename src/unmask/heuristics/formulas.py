@@ -126,7 +126,7 @@ class Principal(Heuristic):
 
     def survey(self, kept: Tensor | None, whole: Whole) -> Tensor | None:
         theta: Tensor = whole.theta
-        if theta.ndim < 2 or self.rank >= min(len(theta), theta.numel() // len(theta)):
+        if theta.ndim < 2 or self.rank >= min(len(theta), theta.numel() // max(1, len(theta))):
             return theta.float()
         w = theta.reshape(len(theta), -1).double()
         wide = len(w) < w.shape[1]

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from unmask.allot import up
 from unmask.errors import UnmaskError
 from unmask.heuristics.base import Heuristic, Scalars, Whole, needs_gradient
 from unmask.heuristics.formulas import Gradient
@@ -105,7 +106,7 @@ class Candidates(Heuristic):
         elif step:
             return None  # joined in the middle of a window
         else:
-            count = min(len(grad), math.ceil(len(grad) * whole.share))
+            count = min(len(grad), up(len(grad) * whole.share))
             flat = _largest(grad.abs(), count)
         # Indices up to 2^53 are exact in float64, so both rows can be one tensor.
         now = torch.stack([flat.double(), grad[flat].double()])
@@ -138,6 +139,8 @@ class Cover(Heuristic):
 
     def observe(self, kept: Tensor | None, whole: Whole) -> Tensor | None:
         cover = whole.matrix.square()
+        if not cover.numel():
+            return None
         if kept is not None:
             rows, columns = kept.split(tuple(cover.shape))
             cover = torch.minimum(rows[:, None], columns[None, :]) + cover

@@ -48,4 +48,4 @@ def follow_ranks(tuner: Tuner) -> None:
             return result
 
         vars(module)["update_and_allocate"] = following
-        tuner.on_detach(partial(delattr, module, "update_and_allocate"))
+        tuner.on_detach(partial(vars(module).pop, "update_and_allocate", None))

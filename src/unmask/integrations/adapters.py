@@ -18,6 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -96,9 +97,10 @@ def add(
             f"no layer of this {type(model).__name__} is known to end a sublayer; name them, as in "
             "after='*.mlp.down_proj'"
         )
+    adapters = {name: _fitting(model.get_submodule(name), options) for name in names}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    _added[model] = [_insert(model, name, options) for name in names]
+    _added[model] = [_insert(model, name, adapter) for name, adapter in adapters.items()]
     return names
 
 
@@ -111,7 +113,7 @@ def remove(model: nn.Module) -> None:
 def _ends(name: str, module: nn.Module, kind: Kind, given: Sequence[str] | None) -> bool:
     """Whether a module is the last linear layer of a sublayer that gets an adapter."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not _width(module):
         return False
     if given is not None:
         return any(fnmatchcase(name, pattern) for pattern in given)
@@ -120,20 +122,33 @@ def _ends(name: str, module: nn.Module, kind: Kind, given: Sequence[str] | None)
     return any(fnmatchcase(name, pattern) for pattern in KINDS[kind])
 
 
-def _insert(model: nn.Module, name: str, options: dict[str, Any]) -> Callable[[], None]:
-    parent_name, _, last = name.rpartition(".")
-    parent, layer = model.get_submodule(parent_name), model.get_submodule(name)
+def _fitting(layer: nn.Module, options: dict[str, Any]) -> Bottleneck:
+    """An adapter as wide as the layer's output, where its weight is."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    # A linear layer says how wide its output is; transformers' Conv1D calls it nf.
-    width = int(getattr(layer, "out_features", None) or layer.nf)  # type: ignore[arg-type]
     dtype = weight.dtype if weight.is_floating_point() else torch.float32  # quantised
-    adapter = Bottleneck(width, **options).to(weight.device, dtype)
+    return Bottleneck(_width(layer), **options).to(weight.device, dtype)
+
+
+def _width(layer: nn.Module) -> int:
+    """How wide a linear layer says that its output is (transformers' Conv1D: nf); else 0."""
+    width = getattr(layer, "out_features", None) or getattr(layer, "nf", None)
+    return int(width or 0)
+
+
+def _insert(model: nn.Module, name: str, adapter: Bottleneck) -> Callable[[], None]:
+    parent_name, _, last = name.rpartition(".")
+    parent, layer = model.get_submodule(parent_name), model.get_submodule(name)
     parent.add_module(f"{last}_adapter", adapter)
-    handle = layer.register_forward_hook(lambda _module, _args, out: adapter(out))
+    # Not a function of its own: a copy of the model has to go through the copy of the adapter.
+    handle = layer.register_forward_hook(partial(_through, adapter))
 
     def undo() -> None:
         handle.remove()
         delattr(parent, f"{last}_adapter")
 
     return undo
+
+
+def _through(adapter: Bottleneck, _module: nn.Module, _args: Any, out: Tensor) -> Any:
+    return adapter(out)

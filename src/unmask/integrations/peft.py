@@ -31,6 +31,7 @@ from unmask.delta import Delta
 from unmask.errors import UnmaskError
 from unmask.integrations import peft_registration, peft_targets
 from unmask.integrations.peft_layer import NAME, SparseAdapters
+from unmask.method import INNER, decode, encode
 
 __all__ = ["UnmaskConfig", "UnmaskModel"]
 
@@ -75,7 +76,7 @@ class UnmaskConfig(PeftConfig):
         if isinstance(self.method, Mapping):
             self.budget = self.method["budget"] if self.budget is None else self.budget
             self.method = {**self.method, "budget": self.budget}
-        self.method_kwargs = {k: _plain(v) for k, v in self.method_kwargs.items()}
+        self.method_kwargs = {k: encode(v) for k, v in self.method_kwargs.items()}
         if self.gradients not in ("streaming", "dense"):
             raise UnmaskError(
                 f"gradients={self.gradients!r}; in an UnmaskConfig it is one of streaming, dense "
@@ -103,17 +104,16 @@ class UnmaskConfig(PeftConfig):
                 "and any unmask.Method(...)"
             )
         make = getattr(methods, self.method)
-        asked = {k: _rebuilt(v) for k, v in self.method_kwargs.items()}
+        asked = dict(self.method_kwargs)
         if self.budget is not None:
             asked["budget"] = self.budget
         try:
-            inspect.signature(make).bind(**asked)
+            method: unmask.Method = make(**{k: decode(v, *INNER) for k, v in asked.items()})
         except TypeError as problem:
             raise UnmaskError(
                 f"{self.method}{inspect.signature(make)} was given {asked}: {problem}; give "
                 "UnmaskConfig(budget=..., method_kwargs={...})"
             ) from problem
-        method: unmask.Method = make(**asked)
         return method
 
 
@@ -243,27 +243,6 @@ class UnmaskModel(BaseTuner):
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(*args, **kwargs)
         return {key: tensor for key, tensor in found.items() if cls.prefix in key}
-
-
-def _plain(value: Any) -> Any:
-    """A part of a method as JSON has it: {"kind": class name, field: value, ...}."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"kind": type(value).__name__, **fields}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _rebuilt(value: Any) -> Any:
-    if not isinstance(value, Mapping) or "kind" not in value:
-        return value
-    if not hasattr(unmask, value["kind"]):
-        raise UnmaskError(
-            f"unmask has no {value['kind']!r}; a part of your own making goes into "
-            "method=unmask.Method(...)"
-        )
-    return getattr(unmask, value["kind"])(
-        **{k: _rebuilt(v) for k, v in value.items() if k != "kind"}
-    )
 
 
 def _listen_to_trainers() -> None:

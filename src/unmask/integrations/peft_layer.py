@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -18,17 +18,10 @@ from torch import Tensor, nn
 from unmask.errors import UnmaskError
 from unmask.integrations.peft_run import Run
 from unmask.integrations.peft_storage import EMPTY, Storage, write
+from unmask.integrations.peft_weights import Weights
 
 NAME = "unmask"  # under which the model holds its adapters
-
-
-class Hidden(NamedTuple):
-    """An adapter just taken out of force: version counters of the weights and of its vector."""
-
-    name: str
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    vector: int
+BEGINNING = -1  # no module's id: a method may run the model over data before it trains
 
 
 class SparseAdapters(Storage, BaseTunerLayer):
@@ -47,8 +40,7 @@ class SparseAdapters(Storage, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self._shown: tuple[str, ...] = ()  # whose values are in the weights
-        self._hidden: Hidden | None = None
+        self._weights = Weights(self)
         self._run: Run | None = None
         self._outermost: int | None = None  # the module whose forward is under way, by id
         self._loading: dict[str, Tensor | None] = {}
@@ -62,7 +54,7 @@ class SparseAdapters(Storage, BaseTunerLayer):
     def set_content(self, name: str, index: Tensor, values: Tensor) -> None:
         """Make these sorted scalars, as many as the budget, all of the adapter."""
         self._park()
-        self._show(())
+        self._weights.show(())
         with torch.no_grad():
             self.unmask_values[name].copy_(values)
         self.fill(name, index, values, values[:0], torch.tensor([0, 0, len(index)]))
@@ -72,7 +64,7 @@ class SparseAdapters(Storage, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._park()
-        self._show(())
+        self._weights.show(())
         super().delete_adapter(adapter_name)
         self.sync()
 
@@ -82,12 +74,12 @@ class SparseAdapters(Storage, BaseTunerLayer):
         """Bring the weights in line with what is active, enabled and merged."""
         for name in filter(self.loaded, list(self.eligible)):
             self._park()
-            self._shown = tuple(shown for shown in self._shown if shown != name)  # it was empty
-            self._show(())
+            self._weights.forget(name)  # it was empty
+            self._weights.show(())
             self.accept(name, None)
         active = [] if self.disable_adapters else self.active_adapters
         wanted = dict.fromkeys([*active, *self.merged_adapters])
-        self._show(tuple(name for name in wanted if name in self.eligible))
+        self._weights.show(tuple(name for name in wanted if name in self.eligible))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -123,41 +115,10 @@ class SparseAdapters(Storage, BaseTunerLayer):
             chosen = self.active_adapters if adapter_names is None else adapter_names
             self.merged_adapters.clear()
             self.merge(safe_merge, list(chosen))
-        self._show(tuple(self.merged_adapters) if merge else ())
+        self._weights.show(tuple(self.merged_adapters) if merge else ())
         for hook in self._hooks:
             hook.remove()
         return nn.Identity()
-
-    def _show(self, names: tuple[str, ...]) -> None:
-        """Have exactly these adapters in the weights: their values, or the sum of their changes."""
-        if names == self._shown:
-            return
-        before, hidden, was = self._versions(), self._hidden, self._shown
-        for name in was:
-            content = self.content(name)
-            write(self.eligible[name], content.index, content.base)
-        self._shown, self._hidden = names, None
-        if len(names) == 1:
-            content = self.content(names[0])
-            write(self.eligible[names[0]], content.index, content.values)
-        elif names:
-            index, changes, base = self.changes(names)
-            write(self.eligible[names[0]], index, base + torch.stack(changes).sum(0))
-        if len(was) == 1 and not names:
-            vector = self.unmask_values[was[0]]
-            self._hidden = Hidden(was[0], before, self._versions(), vector._version)
-        elif len(names) == 1 and hidden is not None:
-            vector = self.unmask_values[names[0]]
-            if (names[0], before, vector._version) == (hidden.name, hidden.after, hidden.vector):
-                # The bits of before it was disabled: what was computed then can be differentiated.
-                torch._C._autograd._unsafe_set_version_counter(self._tensors(), hidden.before)
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        every = {id(t): t for eligible in self.eligible.values() for t in eligible.tensors}
-        return tuple(every.values())
-
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(tensor._version for tensor in self._tensors())
 
     # Training.
 
@@ -180,7 +141,11 @@ class SparseAdapters(Storage, BaseTunerLayer):
         name = self._trainable(module) if torch.is_grad_enabled() else None
         if name is not None:
             if self._run is None or self._run.name != name:
-                self._begin(name)
+                self._outermost = BEGINNING
+                try:
+                    self._begin(name)
+                finally:
+                    self._outermost = None
             assert self._run is not None
             self._outermost = id(module)
             self._run.enter()
@@ -193,14 +158,15 @@ class SparseAdapters(Storage, BaseTunerLayer):
 
     def _trainable(self, module: nn.Module) -> str | None:
         """The adapter that is being trained, if any."""
-        names = [n for n in self._shown if self.unmask_values[n].requires_grad]
+        shown = self._weights.shown
+        names = [name for name in shown if self.unmask_values[name].requires_grad]
         if not names or self.merged_adapters:
             return None
-        if len(self._shown) == 1:
+        if len(shown) == 1:
             return names[0]
         if module.training:
             raise UnmaskError(
-                f"adapters {', '.join(self._shown)} are active at once, which works for inference; "
+                f"adapters {', '.join(shown)} are active at once, which works for inference; "
                 "to train, set_adapter() the one to be trained"
             )
         return None
@@ -211,7 +177,7 @@ class SparseAdapters(Storage, BaseTunerLayer):
         slots, config = self._as_slots(name), self.configs[name]
         self._run = Run(
             name, self._root[0], config, self.eligible[name], self.vector(name),
-            self.batches.get(name), config.steps or self.horizon,
+            self.batches.get(name), config.steps or self.horizon, slots,
         )  # fmt: skip
         if len(slots["index"]) or len(slots["retired"]):
             self._run.take_up(slots, self.unmask_progress[name])
@@ -234,7 +200,7 @@ class SparseAdapters(Storage, BaseTunerLayer):
         base = torch.cat([slots.base, slots.retired_base])
         name = self._run.name
         known = self.unmask_retired[name]
-        retired = slots.read(slots.retired) if name in self._shown else known
+        retired = slots.read(slots.retired) if name in self._weights.shown else known
         self.fill(name, index, base, retired, self._run.progress())
 
     def _as_slots(self, name: str) -> dict[str, Tensor]:
@@ -258,13 +224,13 @@ class SparseAdapters(Storage, BaseTunerLayer):
 
     def _before_load(self, root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         """Something is about to be loaded into the model: its weights, adapters, or both."""
-        mine, ours = f"{prefix}{NAME}.", {id(tensor) for tensor in self._tensors()}
+        mine, ours = f"{prefix}{NAME}.", {id(tensor) for tensor in self._weights.tensors()}
         names = [n for n, p in root.named_parameters(remove_duplicate=False) if id(p) in ours]
         whole = any(prefix + name in state for name in names)
         if not whole and not any(key.startswith(mine) for key in state):
             return
         self._park()
-        self._show(())
+        self._weights.show(())
         self._loading = {}
         for name in self.eligible:
             base = state.pop(f"{mine}base.{name}", None)
@@ -302,4 +268,4 @@ class SparseAdapters(Storage, BaseTunerLayer):
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has the adapters, not the run."""
         self._park()
-        return {**self.__dict__, "_hidden": None, "_outermost": None}
+        return {**self.__dict__, "_outermost": None}

@@ -34,13 +34,16 @@ class Run:
         vector: Values,
         batches: Iterable[Any] | None,
         steps: int | None,
+        slots: Mapping[str, Tensor],
     ) -> None:
+        method = config.build()
+        chosen = method.strategy.once and len(slots["index"]) == len(vector)
         self.name, self.eligible, self.streaming = name, eligible, config.gradients == "streaming"
         self._open = False  # whether a backward pass is under way
         self.require(True)  # as hooks ask
         try:
             self.tuner = Tuner(
-                root, config.build(), steps, eligible, {}, batches, "streaming", None, values=vector
+                root, method, steps, eligible, {}, batches, "streaming", None, vector, chosen
             )
             for tensor in eligible.tensors:
                 self.tuner.on_detach(tensor.register_hook(self._arriving).remove)

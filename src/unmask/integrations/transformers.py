@@ -56,6 +56,7 @@ class UnmaskCallback(TrainerCallback):
             )
         if self.tuner.steps is None:
             self.tuner.steps = state.max_steps
+        self.tuner.on_detach(partial(self._show_all, kwargs["model"]))
         if args.world_size > 1:  # the trainer then asks the wrapper for parameters
 
             def follow(model: nn.Module, _: Any) -> None:
@@ -80,9 +81,12 @@ class UnmaskCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The model's parameters are all its parameters again."""
-        kwargs["model"].__dict__.pop("parameters", None)
-        if self._wrapper is not None:
-            self._wrapper.__dict__.pop("parameters", None)
+        self._show_all(kwargs["model"])
+
+    def _show_all(self, model: nn.Module) -> None:
+        for module in (model, self._wrapper):
+            if module is not None:
+                module.__dict__.pop("parameters", None)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -46,12 +46,11 @@ def product(left: Tensor, right: Tensor, entries: Any, count: int, along: int) -
     parts = max(1, min(PARTS, tokens // BLOCK))
     sums = np.zeros((parts, count), dtype=np.float32)
     cuts = [tokens * p // parts // BLOCK * BLOCK for p in range(parts)] + [tokens]
-    kernel = _product if along == 0 else _product_along
 
     def work(first: int, last: int) -> None:
         for p in range(first, last):
-            args = (a, b, shift, rows, columns, left_tiles, right_tiles, cuts[p], cuts[p + 1])
-            kernel(*args, sums[p])
+            args = (rows, columns, left_tiles, right_tiles, cuts[p], cuts[p + 1], sums[p])
+            _product(a, b, shift, along, *args)
 
     width = TILE * (len(left_tiles) + len(right_tiles)) if along == 0 else 0
     heavy = tokens * (count + width) >= WORTH
@@ -98,24 +97,15 @@ def _dots(a, b, rows, columns, count, sums):  # type: ignore[no-untyped-def]
 
 
 @_compile
-def _product(a, b, shift, rows, columns, a_tiles, b_tiles, start, stop, sums):  # type: ignore[no-untyped-def]
-    """One part's sums, over tokens start to stop, of operands that lie token by token."""
-    p = np.empty((a.shape[1], BLOCK), dtype=np.float32)
-    q = np.empty((b.shape[1], BLOCK), dtype=np.float32)
+def _product(a, b, shift, along, rows, columns, a_tiles, b_tiles, start, stop, sums):  # type: ignore[no-untyped-def]
+    """One part's sums, over tokens start to stop; of each operand they are dimension `along`."""
+    p = np.empty((a.shape[1 - along], BLOCK), dtype=np.float32)
+    q = np.empty((b.shape[1 - along], BLOCK), dtype=np.float32)
     for t in range(start, stop, BLOCK):
         count = min(BLOCK, stop - t)
-        _turn(a, shift, a_tiles, t, count, p)
-        _turn(b, shift, b_tiles, t, count, q)
-        _dots(p, q, rows, columns, count, sums)
-
-
-@_compile
-def _product_along(a, b, shift, rows, columns, a_tiles, b_tiles, start, stop, sums):  # type: ignore[no-untyped-def]
-    """The same of operands whose rows lie along the tokens already."""
-    p = np.empty((a.shape[0], BLOCK), dtype=np.float32)
-    q = np.empty((b.shape[0], BLOCK), dtype=np.float32)
-    for t in range(start, stop, BLOCK):
-        count = min(BLOCK, stop - t)
-        _cut(a, shift, a_tiles, t, count, p)
-        _cut(b, shift, b_tiles, t, count, q)
+        for x, tiles, out in ((a, a_tiles, p), (b, b_tiles, q)):
+            if along == 0:
+                _turn(x, shift, tiles, t, count, out)
+            else:
+                _cut(x, shift, tiles, t, count, out)
         _dots(p, q, rows, columns, count, sums)

@@ -13,7 +13,8 @@ import unmask
 from unmask import Heuristic, Method, Schedule, Scope, Strategy, UnmaskError, methods
 from unmask.methods import Description
 from unmask.recipes import presets
-from unmask.recipes.config import METHOD_PARTS, convert
+from unmask.recipes.config import METHOD_PARTS
+from unmask.recipes.parse import convert
 from unmask.recipes.presets import Budget
 
 HEAD = "head"  # the baseline of the recipes: train the new head, leave the pretrained model alone

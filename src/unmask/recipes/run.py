@@ -14,9 +14,10 @@ from rich.console import Console
 
 from unmask import Delta, Increment, Method, UnmaskError
 from unmask.recipes import choose, data, demo, models, presets, tasks
-from unmask.recipes.config import OPTIONS, RunConfig, parse_budget
+from unmask.recipes.config import OPTIONS, RunConfig
 from unmask.recipes.data import Data
 from unmask.recipes.folder import CONFIG, METRICS, RunFolder
+from unmask.recipes.parse import parse_budget
 
 
 def train(

@@ -15,7 +15,7 @@ from torch import nn
 
 from unmask.errors import UnmaskError
 from unmask.integrations import adapters
-from unmask.recipes.config import convert, parse_wrapper
+from unmask.recipes.parse import convert, parse_wrapper
 
 # Fields of PEFT's configs that a run fills in by itself, or that nothing would come of here.
 OURS = {"modules_to_save", "total_step"}

@@ -1,0 +1,46 @@
+"""A stock `transformers.Trainer` with the callback: what it leaves behind."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unmask
+from models import pretrained
+
+transformers = pytest.importorskip("transformers")
+
+from unmask.integrations.transformers import UnmaskCallback  # noqa: E402
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_an_interruption_within_a_step_leaves_no_trace(tmp_path: Path) -> None:
+    """While a step is under way the trainer sees what is trained only; afterwards nobody does."""
+    model: Any = pretrained()
+    names = [name for name, _ in model.named_parameters()]
+    tuner = unmask.attach(model, unmask.id3(budget=40))
+
+    class Interrupted(transformers.Trainer):  # type: ignore[misc]
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 1:
+                raise KeyboardInterrupt
+            return super().compute_loss(*args, **kwargs)
+
+    rows = [{"input_ids": torch.arange(i, i + 8), "labels": torch.tensor(i % 3)} for i in range(8)]
+    trainer = Interrupted(
+        model,
+        transformers.TrainingArguments(
+            str(tmp_path), max_steps=4, report_to=[], save_strategy="no", disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=rows,
+        callbacks=[UnmaskCallback(tuner)],
+        optimizers=(tuner.optimizer(torch.optim.SGD, lr=1.0), None),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert tuner.step == 1
+    tuner.detach()
+    assert len(list(model.parameters())) == len(names)
+    assert "parameters" not in vars(model)
