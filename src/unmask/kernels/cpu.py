@@ -22,25 +22,23 @@ from unmask.kernels.cpu_base import (
     HALF,
     INFINITE,
     MAGNITUDE,
-    SHARE,
     add,
     addresses,
     as_bits,
     as_float,
     compiled,
     halves,
-    in_threads,
     magnitude,
     pointer,
     read,
-    shares,
 )
 from unmask.kernels.cpu_moves import gather, merge, scatter
+from unmask.kernels.threads import SHARE, in_threads, shares
 
 __all__ = ["Sweep", "gather", "handles", "merge", "scatter"]
 
 BLOCK = 1024  # scalars bounded at once
-FEW, FEWER = 128, 32  # scalars of a block with candidates that are looked at together
+PART, FEW = 256, 32  # scalars of a block with candidates that are looked at together
 LOG_SLACK = 0.0861  # the most that L(x) lies below log2(x)
 ROUNDING = 1e-4  # of log2 in float32, per unit of (1 + |exp|), with room to spare
 SMALLEST = 1.2e-38  # the least normal float32
@@ -188,32 +186,43 @@ def _lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
 
 @compiled
 def _least(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
-    """The bits of the least that any of these scalars lacks, above 0 if none can win.
+    """The bits of the least that any of these scalars lacks, above 0 if none can win, and the
+    largest magnitude bits of their gradients.
 
     By the law outside of the loops, and as integers, so that they vectorise.
     """
-    least = np.int32(INFINITE)
+    least, top = np.int32(INFINITE), np.int32(0)
     if law == 0:
         for i in range(len(g)):
-            bits = as_bits(_lacking(magnitude(g[i]), eps, 0, exp, cut))
-            least = bits if bits < least else least
+            size = magnitude(g[i])
+            lack = as_bits(_lacking(size, eps, 0, exp, cut))
+            least = lack if lack < least else least
+            top = as_bits(size) if as_bits(size) > top else top
     elif law == 1:
         for i in range(len(g)):
-            bits = as_bits(_lacking(magnitude(g[i]), magnitude(t[i]) + eps, 1, exp, cut))
-            least = bits if bits < least else least
+            size = magnitude(g[i])
+            lack = as_bits(_lacking(size, magnitude(t[i]) + eps, 1, exp, cut))
+            least = lack if lack < least else least
+            top = as_bits(size) if as_bits(size) > top else top
     elif law == 2:
         for i in range(len(g)):
-            bits = as_bits(_lacking(magnitude(g[i]), magnitude(t[i]) + eps, 2, exp, cut))
-            least = bits if bits < least else least
+            size = magnitude(g[i])
+            lack = as_bits(_lacking(size, magnitude(t[i]) + eps, 2, exp, cut))
+            least = lack if lack < least else least
+            top = as_bits(size) if as_bits(size) > top else top
     elif law == -1:
         for i in range(len(g)):
-            bits = as_bits(_lacking(magnitude(g[i]), magnitude(t[i]) + eps, -1, exp, cut))
-            least = bits if bits < least else least
+            size = magnitude(g[i])
+            lack = as_bits(_lacking(size, magnitude(t[i]) + eps, -1, exp, cut))
+            least = lack if lack < least else least
+            top = as_bits(size) if as_bits(size) > top else top
     else:
         for i in range(len(g)):
-            bits = as_bits(_lacking(magnitude(g[i]), magnitude(t[i]) + eps, ANY, exp, cut))
-            least = bits if bits < least else least
-    return least
+            size = magnitude(g[i])
+            lack = as_bits(_lacking(size, magnitude(t[i]) + eps, ANY, exp, cut))
+            least = lack if lack < least else least
+            top = as_bits(size) if as_bits(size) > top else top
+    return least, top
 
 
 @compiled
@@ -262,23 +271,28 @@ def _sweep(  # type: ignore[no-untyped-def]
             t = np.searchsorted(taken, at + shift)
         n = min((block + 1) * BLOCK, stop, starts[k + 1]) - at
         here = at - starts[k]
-        top = _top(g_at[k], g_half[k], here, n)
-        if top >= INFINITE:
-            return count, at, k
+        top = np.int32(low)
+        if low > 1:  # else all weights have to be looked at
+            top = _top(g_at[k], g_half[k], here, n)
+            if top >= INFINITE:
+                return count, at, k
         if top >= low:
             u = t
             source = g_at[k], g_half[k], t_at[k], t_half[k]
-            for part in range(here, here + n, FEW):  # hits are rare: look ever closer
-                end = min(part + FEW, here + n)
+            for part in range(here, here + n, PART):  # hits are rare: look ever closer
+                end = min(part + PART, here + n)
                 if low > 1 and _top(g_at[k], g_half[k], part, end - part) < low:
                     continue
-                if _least_at(*source, part, end - part, law, exp, eps, cut) > 0:
+                least, top = _least_at(*source, part, end - part, law, exp, eps, cut)
+                if top >= INFINITE:
+                    return count, at, k
+                if least > 0:
                     continue
                 if count + n > out_index.size:
                     return first, at, -1
-                for near in range(part, end, FEWER):
-                    some = min(FEWER, end - near)
-                    if _least_at(*source, near, some, law, exp, eps, cut) > 0:
+                for near in range(part, end, FEW):
+                    some = min(FEW, end - near)
+                    if _least_at(*source, near, some, law, exp, eps, cut)[0] > 0:
                         continue
                     for i in range(near, near + some):
                         g = read(g_at[k], g_half[k], i) & MAGNITUDE

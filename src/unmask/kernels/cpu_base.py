@@ -1,12 +1,9 @@
-"""What the compiled CPU kernels share: memory by address, float32 as bits, work in threads."""
+"""What the compiled CPU kernels share: memory by address, and float32 as bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +14,8 @@ from torch import Tensor
 
 INFINITE = 0x7F800000  # the bits of inf: a float32 is finite exactly if its magnitude's are below
 MAGNITUDE = np.int32(0x7FFFFFFF)
-SHARE = 1 << 15  # least scalars that a thread is given at a time
-PARTS = 8  # shares for each thread
 HALF = {torch.float32: False, torch.bfloat16: True}  # weights handled: whether they are 16 bits
 
-T = TypeVar("T")
 # Without types, since mypy sees what numba is given, not what it makes of it.
 compiled: Any = njit(nogil=True, cache=True)
 _intrinsic: Any = intrinsic
@@ -35,38 +29,6 @@ def addresses(tensors: Iterable[Tensor]) -> np.ndarray[Any, Any]:
 def halves(tensors: Iterable[Tensor]) -> np.ndarray[Any, Any]:
     """Which tensors are of 16 bits."""
     return np.array([HALF[t.dtype] for t in tensors], dtype=np.bool_)
-
-
-def shares(start: int, stop: int, least: int = SHARE) -> list[tuple[int, int]]:
-    """The range in equal parts, several for each thread that torch uses, or one if it is short."""
-    threads = torch.get_num_threads()
-    parts = min(threads * PARTS, (stop - start) // least) if threads > 1 else 1
-    cuts = [start + (stop - start) * i // max(1, parts) for i in range(max(1, parts) + 1)]
-    return list(pairwise(cuts))
-
-
-def in_threads(work: Callable[[int, int], T], ranges: list[tuple[int, int]]) -> list[T]:
-    """What the work returns for each range. Threads take the next as they become free, since some
-    ranges have more to them than others, and some threads a core of their own."""
-    found: list[T | None] = [None] * len(ranges)
-    waiting = iter(range(len(ranges)))  # next() on it is atomic
-
-    def take() -> None:
-        for i in waiting:
-            found[i] = work(*ranges[i])
-
-    helpers = [_pool().submit(take) for _ in range(min(torch.get_num_threads(), len(ranges)) - 1)]
-    take()
-    # On a busy machine a helper may not have begun: then all is done, and it needn't.
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
-    return cast("list[T]", found)
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="unmask")
 
 
 @_intrinsic

@@ -16,12 +16,11 @@ from unmask.kernels.cpu_base import (
     as_float,
     compiled,
     halves,
-    in_threads,
     pointer,
     read,
     rounded,
-    shares,
 )
+from unmask.kernels.threads import in_threads, shares
 
 if TYPE_CHECKING:
     from unmask.kernels import Run

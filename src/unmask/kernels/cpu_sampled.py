@@ -15,7 +15,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from unmask.kernels.cpu_base import in_threads
+from unmask.kernels.threads import in_threads
 
 BLOCK = 64  # tokens turned round at once
 TILE = 16  # columns turned round together

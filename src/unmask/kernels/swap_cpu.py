@@ -17,8 +17,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from unmask.errors import UnmaskError
-from unmask.kernels.cpu_base import SHARE, in_threads
 from unmask.kernels.swap import Move
+from unmask.kernels.threads import SHARE, in_threads
 
 WORD = {2: np.empty(0, np.uint16), 4: np.empty(0, np.uint32), 8: np.empty(0, np.uint64)}
 TENSOR, SIZE, AT, NEW, OLD = range(5)  # columns of a batch's table
