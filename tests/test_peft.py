@@ -796,6 +796,19 @@ def test_a_trainer_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
+def test_a_loop_after_a_trainer_that_ended_within_an_epoch(tmp_path: Path) -> None:
+    """Of which accelerate goes on saying that each pass ends a step."""
+    run = trainer(wrapped(), tmp_path, gradient_accumulation_steps=1)
+    run.args.max_steps = 5  # of 4 in an epoch
+    run.train()
+    state = run.accelerator.gradient_state
+    assert state.in_dataloader
+    assert state.sync_gradients
+    test_accumulated_gradients_are_summed_before_the_choice("streaming", 2)
+    run.train()  # and it begins anew
+    assert state.in_dataloader
+
+
 def test_sft(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")

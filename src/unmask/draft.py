@@ -63,8 +63,10 @@ class Draft:
 
     def _keep(self, kept: Tensor) -> None:
         """Set the sorted global indices whose gradients are gathered, and their runs by tensor."""
+        slots = self.slots
+        spans = slots.spans if kept is slots.index else slots.eligible.split(kept)
         self.kept = kept
-        self.runs = {k: (start, stop) for k, start, stop in self.slots.eligible.split(kept)}
+        self.runs = {k: (start, stop) for k, start, stop in spans}
 
     @property
     def needs_sums(self) -> bool:
@@ -140,15 +142,15 @@ class Draft:
         return self.change
 
     def _piece(self, k: int, gradient: Tensor | None) -> Piece:
-        eligible, seen = self.slots.eligible, self.notes[k] if k in self.notes else self.seen.get(k)
+        of, (start, stop) = self.slots.eligible, self.runs.get(k, (0, 0))
+        into = self.gradient if self._gathers else None
+        piece = Piece(
+            of.names[k], of.offsets[k], of.tensors[k], gradient, self.kept, start, stop, into
+        )
+        seen = self.notes[k] if k in self.notes else self.seen.get(k)
         if self._surveys:
             seen = self.method.heuristic.survey(seen, self._whole(k, gradient))
-        return Piece(
-            *(eligible.names[k], eligible.offsets[k], eligible.tensors[k], gradient),
-            *(self.kept, *self.runs.get(k, (0, 0))),
-            into=self.gradient if self._gathers else None,
-            seen=None if seen is None else seen.reshape(-1),
-        )
+        return piece if seen is None else piece._replace(seen=seen.reshape(-1))
 
     def _observe(self, k: int, gradient: Tensor | None) -> None:
         """Let the heuristic note what it wants of a tensor's gradient."""

@@ -90,7 +90,14 @@ class TopK:
     def scored(self) -> tuple[Tensor, ...]:
         """Their scores, global indices and gradients, in no order."""
         self._thin(self.count)
-        return tuple(torch.cat(parts) for parts in zip(*self._found, strict=True))
+        return self._all()
+
+    def _all(self) -> tuple[Tensor, ...]:
+        """The candidates, as one."""
+        found = [parts for parts in self._found if len(parts[0])] or self._found
+        if len(found) > 1:
+            found = [tuple(torch.cat(parts) for parts in zip(*found, strict=True))]
+        return found[0]
 
     def _sweep(self, pieces: list[Piece], law: tuple[float, float]) -> None:
         """Let compiled code find what could win, then score only that."""
@@ -171,18 +178,19 @@ class TopK:
     ) -> None:
         """Score these scalars and keep those that could win."""
         score = self.heuristic.score(scalars).float()
-        keep = score >= self.threshold
-        where = (keep if free is None else keep & free).nonzero().squeeze(1)
         grad = grad if grad.dtype == torch.float64 else grad.float()
-        self._found.append(
-            tuple(x.index_select(0, where).to(self.home) for x in (score, index.long(), grad))
-        )
+        found: tuple[Tensor, ...] = score, index.long(), grad
+        if free is not None or score.sum().isnan():  # a sweep's candidates reach the threshold
+            keep = score >= self.threshold  # and are numbers
+            where = (keep if free is None else keep & free).nonzero().squeeze(1)
+            found = tuple(x.index_select(0, where) for x in found)
+        self._found.append(tuple(x.to(self.home) for x in found))
 
     def _thin(self, room: int) -> None:
         """If more than `room` candidates are held, keep the best `count`, raise the threshold."""
         if sum(len(index) for _, index, _ in self._found) <= room:
             return
-        score, index, grad = (torch.cat(parts) for parts in zip(*self._found, strict=True))
+        score, index, grad = self._all()
         self.threshold = float(score.kthvalue(len(score) - self.count + 1).values)
         best = (score >= self.threshold).nonzero().squeeze(1)
         if len(best) > self.count:  # of equals, the first

@@ -76,6 +76,8 @@ class Slots:
             dtype = torch.float64 if wide else torch.float32
             values = Values(torch.zeros(budget, dtype=dtype, device=device))
         self.values = values
+        self._split: Tensor | None = None  # the index that `_spans` are of
+        self._spans: list[tuple[int, int, int]] = []
         self.clear()
 
     def __len__(self) -> int:
@@ -171,7 +173,15 @@ class Slots:
     def runs(self, index: Tensor) -> list[Run]:
         """The runs of sorted global indices in the model's weights."""
         tensors, offsets = self.eligible.tensors, self.eligible.offsets
-        return [Run(tensors[k], offsets[k], a, b) for k, a, b in self.eligible.split(index)]
+        spans = self.spans if index is self.index else self.eligible.split(index)
+        return [Run(tensors[k], offsets[k], a, b) for k, a, b in spans]
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(tensor position, start, stop) of each tensor's run in `index`."""
+        if self._split is not self.index:
+            self._split, self._spans = self.index, list(self.eligible.split(self.index))
+        return self._spans
 
     def original(self, index: Tensor) -> Tensor:
         """What the weights at sorted global indices were before this table first touched them."""

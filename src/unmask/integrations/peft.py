@@ -31,6 +31,7 @@ from unmask.delta import Delta
 from unmask.errors import UnmaskError
 from unmask.integrations import peft_registration, peft_targets
 from unmask.integrations.peft_layer import NAME, SparseAdapters
+from unmask.integrations.peft_run import loop_ended
 from unmask.method import INNER, decode, encode
 
 __all__ = ["UnmaskConfig", "UnmaskModel"]
@@ -261,6 +262,9 @@ def _listen_to_trainers() -> None:
             for module in kwargs["model"].modules():
                 if isinstance(module, SparseAdapters):
                     module.horizon = state.max_steps
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            loop_ended()
 
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
     callbacks.append(TellSteps)

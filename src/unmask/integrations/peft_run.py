@@ -8,6 +8,7 @@ gradients arrive, are consumed, and are gone: no one ever finds a `.grad` in the
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
@@ -107,16 +108,32 @@ class Run:
         return torch.tensor([self.tuner.step, self.tuner.updates, handed_out])
 
 
+_left: list[weakref.ref[Any]] = []  # the data loader of the last loop that has ended
+
+
+def loop_ended() -> None:
+    """A Trainer has ended, perhaps within an epoch: accelerate doesn't notice that."""
+    loader = _open_loader()
+    _left[:] = [] if loader is None else [weakref.ref(loader)]
+
+
 def _last() -> bool:
     """Whether accelerate, if it runs the loop, says that the pass under way ends a step."""
+    loader = _open_loader()
+    if loader is None or any(loader is left() for left in _left):
+        return False
+    from accelerate.state import GradientState
+
+    return bool(GradientState().sync_gradients)
+
+
+def _open_loader() -> Any:
+    """The data loader that accelerate, if anyone asked it to, believes to be in the middle of."""
     try:
         from accelerate.state import GradientState
     except ImportError:
-        return False
-    if not GradientState._shared_state:
-        return False
-    state = GradientState()
-    return bool(state.in_dataloader and state.sync_gradients)
+        return None
+    return GradientState().active_dataloader if GradientState._shared_state else None
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

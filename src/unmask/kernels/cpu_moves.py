@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from unmask.kernels.cpu_base import (
     read,
     rounded,
 )
+from unmask.kernels.reference import written
 from unmask.kernels.threads import in_threads, shares
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None
         _scatter(*table, index.numpy(), a, b, values.numpy(), places, where is not None)
 
     in_threads(work, shares(0, len(index)))
-    for run in runs:  # autograd has to learn of it
-        torch.autograd.graph.increment_version(run.tensor)
+    written(run.tensor for run in runs)
 
 
 def merge(

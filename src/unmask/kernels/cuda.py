@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unmask.kernels import Run
+from unmask.kernels.reference import written
 from unmask.kernels.triton_code import gather_kernel, scan_kernel, scatter_kernel
 
 BLOCK = 4096  # scalars that a program looks at: 16 for each of its threads
@@ -149,8 +150,7 @@ def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None
         rows = [(*_source(r, index), values.data_ptr(), at + size * r.start) for r in runs]
     jumps = {"JUMP": where is not None, "FAR": WIDE[torch.int64 if where is None else where.dtype]}
     _launch(scatter_kernel, values.device, rows, WIDE=WIDE[index.dtype], **jumps)
-    for run in runs:  # autograd has to learn of it
-        torch.autograd.graph.increment_version(run.tensor)
+    written(run.tensor for run in runs)
 
 
 def bounds(exp: float, eps: float, threshold: float) -> tuple[int, float, float]:

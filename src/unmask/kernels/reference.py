@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 if TYPE_CHECKING:
     from unmask.kernels import Run
@@ -46,3 +48,13 @@ def merge(
     """Two sorted vectors without a common entry as one, and what belongs to each entry."""
     merged, order = torch.cat([index, more]).sort()
     return merged, torch.cat([belongs, more_belongs])[order]
+
+
+def written(tensors: Iterable[Tensor]) -> None:
+    """Tell autograd of writes that it can't have seen, as compiled code's."""
+    tensors = list(tensors)
+    try:
+        increment_version(tensors)
+    except (TypeError, AttributeError):  # torch 2.6 takes them one by one
+        for tensor in tensors:
+            increment_version(tensor)

@@ -12,11 +12,11 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit, types
 from numba.extending import intrinsic
 
 from unmask.errors import UnmaskError
+from unmask.kernels.reference import written
 from unmask.kernels.swap import Move
 from unmask.kernels.threads import SHARE, in_threads
 
@@ -52,8 +52,7 @@ class Exchange:
 
     def finish(self) -> None:
         """Tell autograd."""
-        for tensor in self._tensors:
-            torch.autograd.graph.increment_version(tensor)
+        written(self._tensors)
 
     def revert(self) -> None:
         """Exchange back what is exchanged, however far an interrupt let it come."""
