@@ -140,12 +140,12 @@ class TopK:
         others' scalars reach it, whatever the tensors' order: `count` times the growth a round, as
         a rule.
         """
-        most = min(96, max(8, FEW // 2 // self.count))
         left_out = total // max(FEW // 2, 4 * self.count)
         rounds = 0
         if self.threshold == -math.inf and left_out > 1:
+            most = max(8, min(96, 4 * MANY // self.count))
             rounds = math.ceil(math.log(left_out, most))
-        growth = int(left_out ** (1 / max(1, rounds)))
+        growth = int(left_out ** (1 / max(1, rounds))) | 1  # odd, as rows' lengths are even
         but = 0
         for power in range(rounds, -1, -1):
             yield growth**power, but
