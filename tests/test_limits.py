@@ -594,3 +594,31 @@ def test_numbers_of_numpy_are_numbers() -> None:
     tuner = unmask.attach(MLP.build(), method, steps=4)
     assert json.loads(tuner.state_dict()["method"]) == tuner.delta().info["method"]
     assert unmask.Method.from_dict(tuner.delta().info["method"]) == method
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: unmask.Strided(every=2.5),
+        lambda: unmask.Reselect(every=2.5),
+        lambda: unmask.DropGrow(every=2.5),
+        lambda: unmask.DropGrow(first=1.5),
+        lambda: unmask.Candidates(window=1.5),
+    ],
+)
+def test_a_number_of_steps_is_whole(make: Callable[[], object]) -> None:
+    with pytest.raises(UnmaskError, match=r"whole number.*1|1\.5|2\.5"):
+        make()
+    assert unmask.Strided(every=np.int64(5)).every == 5
+
+
+@pytest.mark.parametrize("patterns", [None, 7, [None], b"x"])
+@pytest.mark.parametrize("option", ["include", "exclude", "train_fully"])
+def test_patterns_that_are_none(option: str, patterns: object) -> None:
+    with pytest.raises(UnmaskError, match="is no pattern on names"):
+        unmask.attach(torch.nn.Linear(2, 2), unmask.id3(budget=1), **{option: patterns})
+
+
+def test_a_description_that_is_none() -> None:
+    with pytest.raises(UnmaskError, match="None doesn't describe a method"):
+        unmask.Method.from_dict(None)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -146,4 +146,10 @@ def is_plain(parameter: Tensor) -> bool:
 
 def listed(patterns: Patterns) -> tuple[str, ...]:
     """One pattern or several, as several."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    found = (patterns,) if isinstance(patterns, str) else patterns
+    if not isinstance(found, Sequence | Set) or not all(isinstance(p, str) for p in found):
+        raise UnmaskError(
+            f"{patterns!r} is no pattern on names; give one, 'encoder.*' say, or a list of some, "
+            "() for none"
+        )
+    return tuple(found)

@@ -88,7 +88,7 @@ class Method:
             )
         except (KeyError, TypeError) as problem:
             raise UnmaskError(
-                f"{dict(described)!r} doesn't describe a method ({problem}); "
+                f"{described!r} doesn't describe a method ({problem}); "
                 "give what Method.to_dict() returned"
             ) from problem
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from unmask.allot import down, up
+from unmask.allot import down, is_whole, up
 from unmask.errors import UnmaskError
 
 __all__ = [
@@ -66,8 +66,10 @@ class Strided(Schedule):
     every: int = 10
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UnmaskError(f"Strided was asked for every={self.every}; every is 1 or more")
+        if not is_whole(self.every) or self.every < 1:
+            raise UnmaskError(
+                f"Strided was asked for every={self.every}; every is a whole number, 1 or more"
+            )
 
     def target(self, step: int, steps: int, budget: int) -> int:
         selections = -(-steps // self.every)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from unmask.allot import down
+from unmask.allot import down, is_whole
 from unmask.errors import UnmaskError
 from unmask.schedules import Schedule, Uniform
 
@@ -97,8 +97,10 @@ class Reselect(Strategy):
     every: int = 100
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UnmaskError(f"Reselect was asked for every={self.every}; every is 1 or more")
+        if not is_whole(self.every) or self.every < 1:
+            raise UnmaskError(
+                f"Reselect was asked for every={self.every}; every is a whole number, 1 or more"
+            )
 
     def quota(self, step: int, active: int, budget: int, steps: int | None) -> Quota:
         if active < budget:
@@ -152,10 +154,11 @@ class DropGrow(Strategy):
     first: int = 1
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.first < 1 or not 0 <= self.rate <= 1:
+        whole = is_whole(self.every) and is_whole(self.first)
+        if not whole or self.every < 1 or self.first < 1 or not 0 <= self.rate <= 1:
             raise UnmaskError(
                 f"DropGrow was asked for every={self.every}, first={self.first}, rate={self.rate}; "
-                "they are 1 or more, 1 or more, and a share in [0, 1]"
+                "they are whole numbers, 1 or more, and a share in [0, 1]"
             )
         if self.decay not in ("linear", "cosine"):
             raise UnmaskError(

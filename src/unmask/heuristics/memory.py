@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unmask.allot import up
+from unmask.allot import is_whole, up
 from unmask.errors import UnmaskError
 from unmask.heuristics.base import Heuristic, Scalars, Whole, needs_gradient
 from unmask.heuristics.formulas import Gradient
@@ -90,10 +90,11 @@ class Candidates(Heuristic):
     every: int = 20
 
     def __post_init__(self) -> None:
-        if not 1 <= self.window <= self.every:
+        whole = is_whole(self.window) and is_whole(self.every)
+        if not (whole and 1 <= self.window <= self.every):
             raise UnmaskError(
                 f"Candidates was asked for window={self.window}, every={self.every}; "
-                "window is from 1 to every"
+                "both are whole numbers, window from 1 to every"
             )
 
     def watches(self, step: int) -> bool:
