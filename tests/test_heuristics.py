@@ -320,6 +320,7 @@ def test_a_memory_of_ones_own() -> None:
         lambda: unmask.Smoothed(inner="D3"),  # type: ignore[arg-type]
         lambda: unmask.Smoothed(inner=unmask.D3),  # type: ignore[arg-type]
         lambda: unmask.Candidates(window=0),
+        lambda: unmask.Candidates(window=1.5),
         lambda: unmask.Candidates(window=9, every=8),
         lambda: unmask.Fisher(num_samples=0),
         lambda: unmask.Fisher(sample_type="expect"),

@@ -596,22 +596,6 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert unmask.Method.from_dict(tuner.delta().info["method"]) == method
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: unmask.Strided(every=2.5),
-        lambda: unmask.Reselect(every=2.5),
-        lambda: unmask.DropGrow(every=2.5),
-        lambda: unmask.DropGrow(first=1.5),
-        lambda: unmask.Candidates(window=1.5),
-    ],
-)
-def test_a_number_of_steps_is_whole(make: Callable[[], object]) -> None:
-    with pytest.raises(UnmaskError, match=r"whole number.*1|1\.5|2\.5"):
-        make()
-    assert unmask.Strided(every=np.int64(5)).every == 5
-
-
 @pytest.mark.parametrize("patterns", [None, 7, [None], b"x"])
 @pytest.mark.parametrize("option", ["include", "exclude", "train_fully"])
 def test_patterns_that_are_none(option: str, patterns: object) -> None:

@@ -108,6 +108,7 @@ def test_special_cases() -> None:
     "make",
     [
         lambda: unmask.Strided(every=0),
+        lambda: unmask.Strided(every=2.5),
         lambda: unmask.FrontLoaded(by=0.0),
         lambda: unmask.FrontLoaded(by=1.5),
         lambda: unmask.Exponential(rate=0.0),

@@ -51,7 +51,10 @@ def test_drop_grow() -> None:
     "make",
     [
         lambda: unmask.Reselect(every=0),
+        lambda: unmask.Reselect(every=2.5),
         lambda: unmask.DropGrow(every=0),
+        lambda: unmask.DropGrow(every=2.5),
+        lambda: unmask.DropGrow(first=1.5),
         lambda: unmask.DropGrow(rate=1.5),
         lambda: unmask.DropGrow(first=0),
         lambda: unmask.DropGrow(decay="square"),

@@ -1,13 +1,7 @@
-"""The inner loops as compiled CPU code, each over many tensors at once and on several threads.
-
-With b(x) the bits of a positive float32 read as an integer, L(x) = b(x) / 2^23 - 127 lies within
-[0, 0.0861] below log2(x). So log2 of |g| / (|θ| + ε)^exp is at most L(|g|) - exp·L(|θ| + ε) plus a
-known slack for any real exp, and integers compare in vector registers where powers would not.
-"""
+"""The inner loops as compiled CPU code, each over many tensors at once and on several threads."""
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from itertools import accumulate
@@ -15,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
 from unmask.kernels.cpu_base import (
@@ -24,14 +17,12 @@ from unmask.kernels.cpu_base import (
     MAGNITUDE,
     add,
     addresses,
-    as_bits,
     as_float,
     compiled,
     halves,
-    magnitude,
-    pointer,
     read,
 )
+from unmask.kernels.cpu_filter import bounds, lacking, largest, least_at
 from unmask.kernels.cpu_moves import gather, merge, scatter
 from unmask.kernels.threads import SHARE, in_threads, shares
 
@@ -39,11 +30,6 @@ __all__ = ["Sweep", "gather", "handles", "merge", "scatter"]
 
 BLOCK = 1024  # scalars bounded at once
 PART, FEW = 256, 32  # scalars of a block with candidates that are looked at together
-LOG_SLACK = 0.0861  # the most that L(x) lies below log2(x)
-ROUNDING = 1e-4  # of log2 in float32, per unit of (1 + |exp|), with room to spare
-SMALLEST = 1.2e-38  # the least normal float32
-PRODUCTS = (0.0, 1.0, 2.0, -1.0)  # exponents compared by multiplying, closer and faster
-ANY = 9  # the law of all other exponents
 INDEX = (torch.int32, torch.int64)
 
 
@@ -107,7 +93,7 @@ class Sweep:
         a gradient that isn't finite, or -1.
         """
         exp, eps = self._law
-        law, low, cut = _bounds(exp, eps, threshold)
+        law, low, cut = bounds(exp, eps, threshold)
         constants = law, np.float32(exp), np.float32(eps), np.int32(low), np.float32(cut)
         rooms: dict[int, tuple[Any, ...]] = {}  # for candidates, one for each thread
         used: dict[int, int] = {}
@@ -134,111 +120,6 @@ class Sweep:
         found = zip(*([x[:n] for x in rooms[thread]] for thread, n in used.items()), strict=True)
         index, theta, grad = (torch.from_numpy(np.concatenate(parts)) for parts in found)
         return (index, theta, grad), left, max(bad for _, bad in looked)
-
-
-def _bounds(exp: float, eps: float, threshold: float) -> tuple[int, int, float]:
-    """(law, least |g| bits, cut) that a score of `threshold` or more can have."""
-    if threshold <= 0 or not math.isfinite(threshold):
-        return ANY, (1 if threshold > 0 else 0), -np.inf
-    log, margin = math.log2(threshold), ROUNDING * (1 + abs(exp))
-    least = log + exp * math.log2(eps) if exp >= 0 else -np.inf
-    # The bound by |g| alone: the denominator is at least eps^exp where exp >= 0.
-    low = 1 if least < -126 else int(np.float32(2.0 ** min(least - margin, 127.9)).view(np.int32))
-    if exp > 0 and exp * math.log2(eps) < -125:  # torch's power may be no normal number
-        return ANY, low, -np.inf
-    if exp in PRODUCTS and -100 < log < 100 and (least > -125 or exp < 0) and eps > SMALLEST:
-        return int(exp), low, threshold * 2.0**-margin
-    slack = LOG_SLACK * (1 + max(0.0, -exp)) + margin
-    return ANY, low, (log - slack + 127 - 127 * exp) * 2.0**23
-
-
-@compiled
-def _top(address, half, at, n):  # type: ignore[no-untyped-def]
-    """The largest magnitude bits, as float32's, of n numbers from `at` on."""
-    if half:
-        x16 = carray(pointer(address), (at + n,), dtype=np.uint16)[at : at + n]
-        top16 = np.uint16(0)
-        for i in range(n):
-            bits16 = x16[i] & np.uint16(0x7FFF)
-            top16 = bits16 if bits16 > top16 else top16
-        return np.int32(top16) << np.int32(16)
-    x32 = carray(pointer(address), (at + n,), dtype=np.int32)[at : at + n]
-    top = np.int32(0)
-    for i in range(n):
-        bits = x32[i] & MAGNITUDE
-        top = bits if bits > top else top
-    return top
-
-
-@compiled
-def _lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
-    """How far a score is below the threshold that `cut` was made for: above 0 if it can't win."""
-    if law == 0:
-        return cut - g
-    if law == 1:
-        return cut * base - g
-    if law == 2:
-        return cut * (base * base) - g
-    if law == -1:
-        return cut - g * base
-    return cut - (np.float32(as_bits(g)) - exp * np.float32(as_bits(base)))
-
-
-@compiled
-def _least(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
-    """The bits of the least that any of these scalars lacks, above 0 if none can win, and the
-    largest magnitude bits of their gradients.
-
-    By the law outside of the loops, and as integers, so that they vectorise.
-    """
-    least, top = np.int32(INFINITE), np.int32(0)
-    if law == 0:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(_lacking(size, eps, 0, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    elif law == 1:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(_lacking(size, magnitude(t[i]) + eps, 1, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    elif law == 2:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(_lacking(size, magnitude(t[i]) + eps, 2, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    elif law == -1:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(_lacking(size, magnitude(t[i]) + eps, -1, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    else:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(_lacking(size, magnitude(t[i]) + eps, ANY, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    return least, top
-
-
-@compiled
-def _least_at(g_at, g_half, t_at, t_half, at, n, law, exp, eps, cut):  # type: ignore[no-untyped-def]
-    """The same of n scalars from `at` on."""
-    g16 = carray(pointer(g_at), (at + n,), dtype=np.int16)[at:]
-    g32 = carray(pointer(g_at), (at + n,), dtype=np.int32)[at:]
-    t16 = carray(pointer(t_at), (at + n,), dtype=np.int16)[at:]
-    t32 = carray(pointer(t_at), (at + n,), dtype=np.int32)[at:]
-    if g_half and t_half:
-        return _least(g16, t16, law, exp, eps, cut)
-    if g_half:
-        return _least(g16, t32, law, exp, eps, cut)
-    if t_half:
-        return _least(g32, t16, law, exp, eps, cut)
-    return _least(g32, t32, law, exp, eps, cut)
 
 
 @compiled
@@ -273,7 +154,7 @@ def _sweep(  # type: ignore[no-untyped-def]
         here = at - starts[k]
         top = np.int32(low)
         if low > 1:  # else all weights have to be looked at
-            top = _top(g_at[k], g_half[k], here, n)
+            top = largest(g_at[k], g_half[k], here, n)
             if top >= INFINITE:
                 return count, at, k
         if top >= low:
@@ -281,9 +162,9 @@ def _sweep(  # type: ignore[no-untyped-def]
             source = g_at[k], g_half[k], t_at[k], t_half[k]
             for part in range(here, here + n, PART):  # hits are rare: look ever closer
                 end = min(part + PART, here + n)
-                if low > 1 and _top(g_at[k], g_half[k], part, end - part) < low:
+                if low > 1 and largest(g_at[k], g_half[k], part, end - part) < low:
                     continue
-                least, top = _least_at(*source, part, end - part, law, exp, eps, cut)
+                least, top = least_at(*source, part, end - part, law, exp, eps, cut)
                 if top >= INFINITE:
                     return count, at, k
                 if least > 0:
@@ -292,12 +173,12 @@ def _sweep(  # type: ignore[no-untyped-def]
                     return first, at, -1
                 for near in range(part, end, FEW):
                     some = min(FEW, end - near)
-                    if _least_at(*source, near, some, law, exp, eps, cut)[0] > 0:
+                    if least_at(*source, near, some, law, exp, eps, cut)[0] > 0:
                         continue
                     for i in range(near, near + some):
                         g = read(g_at[k], g_half[k], i) & MAGNITUDE
                         base = as_float(read(t_at[k], t_half[k], i) & MAGNITUDE) + eps
-                        if g < low or not _lacking(as_float(g), base, law, exp, cut) <= 0:
+                        if g < low or not lacking(as_float(g), base, law, exp, cut) <= 0:
                             continue
                         scalar = i + offsets[k]
                         while u < taken.size and taken[u] < scalar:
