@@ -6,9 +6,10 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -142,3 +143,124 @@ def test_any_law(exp: float, eps: float, scale: float, rank: int, seed: int) -> 
     (index, _, _), left, bad = this.run(0, this.total, threshold, 10**6)
     assert (left, bad) == ([], -1)
     assert torch.isin(problem.index[problem.free & (score >= threshold)], index).all()
+
+
+def best(problem: Problem, score: Tensor, wanted: int) -> Tensor:
+    """The global indices of that many best scores and of whatever equals the last; no NaN."""
+    score = torch.where(problem.free & ~score.isnan(), score, -torch.inf)
+    last = score.sort(descending=True).values[wanted - 1]
+    return problem.index[(score >= last) & (score > -torch.inf)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("grad", DTYPES)
+@pytest.mark.parametrize(("exp", "eps"), [*LAWS, (2.0, 1e-30), (3.5, 1e-12), (-1.0, 1e-30)])
+def test_what_others_outdo_is_left_out(
+    exp: float, eps: float, grad: torch.dtype, threads: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cpu, "SHARE", 2000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    problem = Problem(grad, torch.float32)
+    score = problem.scores(exp, eps)
+    for wanted in (1, 40, 2000):
+        this = problem.sweep(exp, eps)
+        (index, _, _), left, bad = this.run(0, this.total, -math.inf, 10**6, wanted=wanted)
+        assert (left, bad) == ([], -1)
+        assert len(index.unique()) == len(index)
+        assert torch.isin(best(problem, score, wanted), index).all()
+        if eps > 1e-12:  # else powers may be no numbers to go by
+            assert len(index) <= threads * (3 * wanted + cpu.BLOCK)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exp=st.sampled_from([0.0, 1.0, 2.0, -1.0, 0.5, -1.7, 3.0]),
+    eps=st.floats(1e-35, 1e35),
+    power=st.integers(-44, 30),
+    spread=st.sampled_from([0.0, 1.0, 20.0]),
+    wanted=st.integers(1, 3000),
+    seed=st.integers(0, 3),
+)
+def test_what_others_outdo_at_the_ends_of_float32(
+    exp: float, eps: float, power: int, spread: float, wanted: int, seed: int
+) -> None:
+    problem, draw = Problem(torch.float32, torch.float32, seed), seeded(seed)
+    for grad, theta in zip(problem.grads, problem.thetas, strict=True):
+        grad *= 10.0**power
+        theta *= (spread * torch.randn(theta.shape, generator=draw)).exp()
+        theta[::997] = torch.inf
+        theta[::1009] = torch.nan
+    score = problem.scores(exp, eps)
+    this = problem.sweep(exp, eps)
+    (index, _, _), left, bad = this.run(0, this.total, -math.inf, 10**6, wanted=wanted)
+    assert (left, bad) == ([], -1)
+    assert torch.isin(best(problem, score, wanted), index).all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    exp=st.sampled_from([0.0, 1.0, 2.0, -1.0, 0.5, -1.7, 3.0]),
+    eps=st.sampled_from([1e-36, 1e-20, 1e-6, 1.0, 1.442]),
+    bases=st.sampled_from([(0.0,), (0.0, 0.45), (-20.0, 0.0, 3.0), (-11.5, 0.0)]),
+    scale=st.sampled_from([1e-3, 1e-8]),
+    close=st.sampled_from([1e-7, 1e-5, 1e-2]),
+    wanted=st.sampled_from([1, 100, 3000]),
+    seed=st.integers(0, 9),
+)
+@example(exp=3.0, eps=2e-12, bases=(-11.5, 0.0), scale=1e-8, close=0.5, wanted=3000, seed=0)
+def test_scores_that_are_nearly_equal(
+    exp: float,
+    eps: float,
+    bases: tuple[float, ...],
+    scale: float,
+    close: float,
+    wanted: int,
+    seed: int,
+) -> None:
+    """Bounds that are wrong for some weights or gradients lose some of them here."""
+    problem, draw = Problem(torch.float32, torch.float32, seed), seeded(seed)
+    for k, theta in enumerate(problem.thetas):
+        which = torch.randint(len(bases), theta.shape, generator=draw)
+        size = 10 ** torch.tensor(bases).double()[which]
+        base = size * (1 + torch.rand(theta.shape, generator=draw))
+        theta.copy_((base - eps).clamp(min=0))
+        wish = (theta.double() + eps) ** exp
+        near = 1 + close * torch.rand(theta.shape, generator=draw).double()
+        problem.grads[k] = (scale * wish * near).float().clamp(max=1e38)
+    score = problem.scores(exp, eps)
+    this = problem.sweep(exp, eps)
+    (index, _, _), left, bad = this.run(0, this.total, -math.inf, 10**6, wanted=wanted)
+    assert (left, bad) == ([], -1)
+    assert torch.isin(best(problem, score, wanted), index).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    exp=st.sampled_from([0.0, 1.0, 2.0, -1.0, 0.5, -1.7, 3.0]),
+    eps=st.floats(1e-6, 1e6),
+    score=st.floats(1e-15, 1e15),
+)
+def test_the_least_gradient_that_a_cut_lets_any_scalar_have(
+    exp: float, eps: float, score: float
+) -> None:
+    law, _, cut = (np.float32(x) for x in cpu.bounds(exp, eps, score))
+    law, exp, eps = int(law), np.float32(exp), np.float32(eps)
+    least = cpu.least_gradient(eps, law, exp, cut)
+    below = np.array(max(0, least - 1), dtype=np.int32).view(np.float32)[()]
+    assert least >= 1
+    if least > 1:
+        assert cpu.lacking(below, eps, law, exp, cut) > 0
+    if exp >= 0:  # and it isn't far from the least
+        above = np.array(least + 100_000, dtype=np.int32).view(np.float32)[()]
+        assert cpu.lacking(above, eps, law, exp, cut) <= 0
+
+
+def test_equals_are_never_left_out() -> None:
+    problem = Problem(torch.float32, torch.float32)
+    for grad, theta in zip(problem.grads, problem.thetas, strict=True):
+        grad.fill_(0.25)
+        theta.fill_(3.0)
+    this = problem.sweep(2.0, 1.0)
+    (index, _, _), left, _ = this.run(0, this.total, -math.inf, 10**6, wanted=5)
+    assert not left
+    assert torch.equal(index.sort().values, problem.index[problem.free])

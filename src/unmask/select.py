@@ -119,7 +119,8 @@ class TopK:
                 threshold = self.threshold
                 if threshold == 0.0 and not self._zero_could_win(sweep.first(first)):
                     threshold = math.ulp(0.0)
-                found, left, bad = sweep.run(first, last, threshold, capacity, every, but)
+                how = threshold, capacity, every, but, self.count
+                found, left, bad = sweep.run(first, last, *how)
                 if bad >= 0:
                     raise NonFinite(pieces[bad].name)
                 index, theta, grad = found
@@ -140,10 +141,10 @@ class TopK:
         others' scalars reach it, whatever the tensors' order: `count` times the growth a round, as
         a rule.
         """
-        left_out = total // max(FEW // 2, 4 * self.count)
+        left_out = total // (4 * max(FEW, self.count))
         rounds = 0
         if self.threshold == -math.inf and left_out > 1:
-            most = max(8, min(96, 4 * MANY // self.count))
+            most = max(8, min(4096, 4 * MANY // self.count))
             rounds = math.ceil(math.log(left_out, most))
         growth = int(left_out ** (1 / max(1, rounds))) | 1  # odd, as rows' lengths are even
         but = 0

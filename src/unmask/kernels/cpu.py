@@ -22,7 +22,15 @@ from unmask.kernels.cpu_base import (
     halves,
     read,
 )
-from unmask.kernels.cpu_filter import bounds, lacking, largest, least_at
+from unmask.kernels.cpu_filter import (
+    bounds,
+    lacking,
+    largest,
+    least_at,
+    least_gradient,
+    outdone,
+    raising,
+)
 from unmask.kernels.cpu_moves import gather, merge, scatter
 from unmask.kernels.threads import SHARE, in_threads, shares
 
@@ -84,9 +92,11 @@ class Sweep:
         capacity: int,
         every: int = 1,
         but: int = 0,
+        wanted: int = 0,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], list[tuple[int, int]], int]:
         """Look at scalars [start, stop) of the tensors laid end to end, or rather at each block of
-        them whose number is a multiple of `every` and none of `but`.
+        them whose number is a multiple of `every` and none of `but`. Of candidates that `wanted`
+        others outdo, if that isn't 0, some are left out.
 
         Returns candidates as (indices (int64), weights, gradients (float32)), the ranges left
         unseen because more than `capacity` turned up on a thread, and the position of a tensor with
@@ -95,6 +105,8 @@ class Sweep:
         exp, eps = self._law
         law, low, cut = bounds(exp, eps, threshold)
         constants = law, np.float32(exp), np.float32(eps), np.int32(low), np.float32(cut)
+        cuts = np.array([cut], dtype=np.float32)  # the highest so far, of any thread
+        how = wanted, raising(law, exp, eps)
         rooms: dict[int, tuple[Any, ...]] = {}  # for candidates, one for each thread
         used: dict[int, int] = {}
 
@@ -106,7 +118,8 @@ class Sweep:
             if sum(list(used.values())) > capacity:  # better raise the threshold first
                 return a, -1
             where = *self._arrays, a, b, every, but
-            count, end, bad = _sweep(*where, *constants, *rooms[thread], used.get(thread, 0))
+            more = *constants, *rooms[thread], used.get(thread, 0)
+            count, end, bad = _sweep(*where, *more, cuts, *how)
             used[thread] = count
             return end, bad
 
@@ -126,6 +139,7 @@ class Sweep:
 def _sweep(  # type: ignore[no-untyped-def]
     starts, offsets, g_at, g_half, t_at, t_half, kept, runs, into,
     start, stop, every, but, law, exp, eps, low, cut, out_index, out_theta, out_grad, count,
+    cuts, wanted, how,
 ):  # fmt: skip
     """(number found, where it stopped, tensor with a gradient that isn't finite or -1); the first
     `count` were found before.
@@ -134,6 +148,7 @@ def _sweep(  # type: ignore[no-untyped-def]
     """
     out_theta, out_grad = out_theta.view(np.int32), out_grad.view(np.int32)
     first = count  # that were found in whole blocks
+    due = 2 * wanted  # when there may be many that others outdo
     k = np.searchsorted(starts, start, side="right") - 1
     at, seen, t = start, -1, 0
     while at < stop:
@@ -150,6 +165,9 @@ def _sweep(  # type: ignore[no-untyped-def]
         taken = kept[runs[k, 0] : runs[k, 1]]
         if seen != at or at == starts[k]:
             t = np.searchsorted(taken, at + shift)
+        if cuts[0] > cut:  # another thread's
+            cut = cuts[0]
+            low = max(low, least_gradient(eps, law, exp, cut))
         n = min((block + 1) * BLOCK, stop, starts[k + 1]) - at
         here = at - starts[k]
         top = np.int32(low)
@@ -188,6 +206,10 @@ def _sweep(  # type: ignore[no-untyped-def]
                             out_theta[count] = read(t_at[k], t_half[k], i)
                             out_grad[count] = read(g_at[k], g_half[k], i)
                             count += 1
+        if wanted > 0 and count >= due:
+            found = out_index, out_theta, out_grad
+            count, cuts[0] = outdone(*found, count, wanted, law, exp, eps, cut, how)
+            due = max(count + wanted, 2 * wanted)
         first = count
         at += n
         seen = at

@@ -16,12 +16,14 @@ from unmask.kernels.cpu_base import (
     INFINITE,
     MAGNITUDE,
     as_bits,
+    as_float,
     compiled,
     magnitude,
     pointer,
 )
 
 LOG_SLACK = 0.0861  # the most that L(x) lies below log2(x)
+ONE = 2.0**23  # of log2, in bits
 ROUNDING = 1e-4  # of log2 in float32, per unit of (1 + |exp|), with room to spare
 SMALLEST = 1.2e-38  # the least normal float32
 PRODUCTS = (0.0, 1.0, 2.0, -1.0)  # exponents compared by multiplying, closer and faster
@@ -30,18 +32,33 @@ ANY = 9  # the law of all other exponents
 
 def bounds(exp: float, eps: float, threshold: float) -> tuple[int, int, float]:
     """(law, least |g| bits, cut) that a score of `threshold` or more can have."""
+    least = exp * math.log2(eps) if exp > 0 else 0.0  # log2 of the denominator, at exp >= 0
+    normal = least > -120  # else torch's power may be no number to go by
+    known = exp in PRODUCTS and eps > SMALLEST and normal
     if threshold <= 0 or not math.isfinite(threshold):
-        return ANY, (1 if threshold > 0 else 0), -np.inf
+        return int(exp) if known else ANY, (1 if threshold > 0 else 0), -np.inf
     log, margin = math.log2(threshold), ROUNDING * (1 + abs(exp))
-    least = log + exp * math.log2(eps) if exp >= 0 else -np.inf
-    # The bound by |g| alone: the denominator is at least eps^exp where exp >= 0.
+    least += log if exp >= 0 else -np.inf  # log2 of |g|
     low = 1 if least < -126 else int(np.float32(2.0 ** min(least - margin, 127.9)).view(np.int32))
-    if exp > 0 and exp * math.log2(eps) < -125:  # torch's power may be no normal number
+    if not normal:
         return ANY, low, -np.inf
-    if exp in PRODUCTS and -100 < log < 100 and (least > -125 or exp < 0) and eps > SMALLEST:
+    if known and -100 < log < 100 and (least > -125 or exp < 0):
         return int(exp), low, threshold * 2.0**-margin
     slack = LOG_SLACK * (1 + max(0.0, -exp)) + margin
-    return ANY, low, (log - slack + 127 - 127 * exp) * 2.0**23
+    return ANY, low, (log - slack + 127 - 127 * exp) * ONE
+
+
+def raising(law: int, exp: float, eps: float) -> tuple[float, float, float, float]:
+    """(scale, less, above, below): of a cut that a candidate just meets, within (above, below),
+    scale · cut - less is a cut that scores as good as that candidate's all meet."""
+    margin = 2 * ROUNDING * (1 + abs(exp))  # of its score, and of the others'
+    if law != ANY:
+        above = max(-100.0, -120.0 - max(0.0, exp) * math.log2(eps))
+        return 2.0**-margin, 0.0, 2.0**above, 2.0**100
+    if exp > 0 and exp * math.log2(eps) <= -120:
+        return 1.0, 0.0, np.inf, np.inf
+    above, below = ((log + 127 - 127 * exp) * ONE for log in (-100, 100))
+    return 1.0, (LOG_SLACK * (1 + abs(exp)) + margin) * ONE, above, below
 
 
 @compiled
@@ -74,6 +91,38 @@ def lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
     if law == -1:
         return cut - g * base
     return cut - (np.float32(as_bits(g)) - exp * np.float32(as_bits(base)))
+
+
+@compiled
+def met(g, base, law, exp):  # type: ignore[no-untyped-def]
+    """The cut that a scalar just meets, -inf if its score may be no normal number."""
+    power = exp * (np.float32(as_bits(base)) / np.float32(ONE) - np.float32(127))
+    if g < np.float32(SMALLEST) or not abs(power) < 120:
+        return np.float32(-np.inf)
+    if law == 0:
+        return g
+    if law == 1:
+        return g / base
+    if law == 2:
+        return g / (base * base)
+    if law == -1:
+        return g * base
+    return np.float32(as_bits(g)) - exp * np.float32(as_bits(base))
+
+
+@compiled
+def least_gradient(eps, law, exp, cut):  # type: ignore[no-untyped-def]
+    """The least |g| bits, 1 or more, that a cut lets any scalar have."""
+    if law == 0:
+        return as_bits(cut)
+    if law == 1:
+        return as_bits(cut * eps)
+    if law == 2:
+        return as_bits(cut * (eps * eps))
+    if law == -1 or exp < 0:
+        return np.int32(1)
+    least = np.float64(cut) + np.float64(exp) * as_bits(eps) - 4096  # float32's rounding and more
+    return np.int32(min(max(least, 1.0), INFINITE - 1.0))
 
 
 @compiled
@@ -131,3 +180,25 @@ def least_at(g_at, g_half, t_at, t_half, at, n, law, exp, eps, cut):  # type: ig
     if t_half:
         return _least(g32, t16, law, exp, eps, cut)
     return _least(g32, t32, law, exp, eps, cut)
+
+
+@compiled
+def outdone(index, theta, grad, count, wanted, law, exp, eps, cut, raising):  # type: ignore[no-untyped-def]
+    """Drop of `count` candidates (weights and gradients as bits) those that `wanted` of them
+    certainly outdo; returns how many are left and the cut that did it."""
+    cuts = np.empty(count, dtype=np.float32)
+    for i in range(count):
+        base = as_float(theta[i] & MAGNITUDE) + eps
+        cuts[i] = met(as_float(grad[i] & MAGNITUDE), base, law, exp)
+    scale, less, above, below = raising
+    last = np.partition(cuts, count - wanted)[count - wanted]
+    higher = np.float32(scale * last - less)
+    if not above < last < below or not higher > cut:
+        return count, cut
+    left = 0
+    for i in range(count):
+        base = as_float(theta[i] & MAGNITUDE) + eps
+        if lacking(as_float(grad[i] & MAGNITUDE), base, law, exp, higher) <= 0:
+            index[left], theta[left], grad[left] = index[i], theta[i], grad[i]
+            left += 1
+    return left, higher

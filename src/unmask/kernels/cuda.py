@@ -99,8 +99,10 @@ class Sweep:
         capacity: int,
         every: int = 1,
         but: int = 0,
+        wanted: int = 0,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], list[tuple[int, int]], int]:
-        """As `cpu.Sweep.run`. If there were too many candidates, none, and both halves are left."""
+        """As `cpu.Sweep.run`, but no candidates are left out, save if there are too many: then all,
+        and both halves are left."""
         exp, eps = map(float, self._law)  # of another type, a kernel would be compiled anew
         limits = bounds(exp, eps, threshold)
         exp = 0.0 if limits[1] == -math.inf else exp  # the weight has no say, nor may it overflow
