@@ -82,7 +82,7 @@ LIGHT = {  # what each of the lowest modules needs besides the standard library
     "calibrate": {"torch", "jaxtyping"},
     "rehearse": {"torch", "jaxtyping"},
 }
-CORE = {"torch", "numpy", "safetensors", "numba", "jaxtyping", "triton"}
+CORE = {"torch", "numpy", "safetensors", "numba", "llvmlite", "jaxtyping", "triton"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -164,7 +164,7 @@ def test_optional_packages_stay_at_the_rim(path: Path) -> None:
 def test_numba_and_triton_stay_in_the_kernels() -> None:
     for path in FILES:
         if top(path) != "kernels":
-            assert not outer(path) & {"numba", "triton"}, path
+            assert not outer(path) & {"numba", "llvmlite", "triton"}, path
 
 
 def modules_after(code: str) -> set[str]:

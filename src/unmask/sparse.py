@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -131,17 +131,16 @@ def describe(tensor: Tensor) -> str:
 
 def held_by(model: nn.Module, kind: str, names: Collection[str]) -> Mapping[str, Tensor]:
     """Find the parameters or buffers of these names, by a walk over all only if it takes that."""
-
-    @cache
-    def module(path: str) -> nn.Module | None:
-        above, dot, name = path.rpartition(".")
-        parent = module(above) if dot else model
-        return None if parent is None else parent._modules.get(name)
-
     found, holding = {}, f"_{kind}"
+    modules: dict[str, nn.Module | None] = {}
     for name in names:
         path, dot, leaf = name.rpartition(".")
-        holder = module(path) if dot else model
+        if dot and path not in modules:
+            module: nn.Module | None = model
+            for part in path.split("."):
+                module = None if module is None else module._modules.get(part)
+            modules[path] = module
+        holder = modules[path] if dot else model
         tensor = None if holder is None else getattr(holder, holding).get(leaf)
         if tensor is None:  # not there, or under a name of its wrapper's or its own making
             return dict(getattr(model, f"named_{kind}")(remove_duplicate=False))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -39,6 +40,21 @@ def pointer(_context, _address):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.uint64), generate
+
+
+@_intrinsic
+def prefetch(_context, _address):  # type: ignore[no-untyped-def]
+    """Have the memory at an address fetched, to be written to soon. Any address will do."""
+
+    def generate(context, builder, _, arguments):  # type: ignore[no-untyped-def]
+        place = builder.inttoptr(arguments[0], cgutils.voidptr_t)
+        word = context.get_value_type(types.int32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+        builder.call(fetch, [place, word(1), word(3), word(1)])  # to write, to keep, data
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
 
 
 @_intrinsic

@@ -16,13 +16,16 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from unmask.errors import UnmaskError
+from unmask.kernels.cpu_base import prefetch
 from unmask.kernels.reference import written
 from unmask.kernels.swap import Move
 from unmask.kernels.threads import SHARE, in_threads
 
 WORD = {2: np.empty(0, np.uint16), 4: np.empty(0, np.uint32), 8: np.empty(0, np.uint64)}
 TENSOR, SIZE, AT, NEW, OLD = range(5)  # columns of a batch's table
+NONE = np.empty(0, dtype=np.uint64)
 READ, WRITE, TRADE, TRADE_KNOWN = range(4)  # what is done with a scalar
+AHEAD = 16  # scalars whose memory is asked for before it is needed
 
 
 def gather(moves: Sequence[Move]) -> None:
@@ -41,10 +44,10 @@ class Exchange:
 
     def apart(self) -> bool:
         """Whether no two tensors share memory: then no scalar has two values."""
-        none = np.empty((0, 2), dtype=np.uint64)
-        spans = np.concatenate([none, *(batch.spans() for batch in self._batches)])
-        spans = spans[np.argsort(spans[:, 0])]
-        return bool(np.all(spans[:-1, 1] <= spans[1:, 0]))
+        begin = np.concatenate([NONE, *(batch.table[:, TENSOR] for batch in self._batches)])
+        sizes = (batch.table[:, SIZE] * batch.width for batch in self._batches)
+        order, end = np.argsort(begin), begin + np.concatenate([NONE, *sizes])
+        return bool(np.all(end[order[:-1]] <= begin[order[1:]]))
 
     def start(self) -> bool:
         """Exchange all; whether all was as known."""
@@ -64,13 +67,13 @@ class _Batch:
     """All moves of one width: where everything lies, and how much of each share is done."""
 
     def __init__(self, moves: Sequence[Move], width: int) -> None:
-        places = [
-            (tensor.data_ptr(), tensor.numel(), at.data_ptr(), new.data_ptr(), old.data_ptr())
-            for tensor, at, new, old in moves
-        ]
-        counts = [move.at.numel() for move in moves]
+        tensors, *vectors = zip(*moves, strict=True)
+        counts = [at.numel() for at in vectors[0]]
+        sizes = [tensor.numel() for tensor in tensors]
+        places = [[tensor.data_ptr() for tensor in column] for column in (tensors, *vectors)]
         self.moves = moves  # whose memory has to last as long as a thread may work on it
-        self.table = np.array(places, dtype=np.uint64)
+        columns = [places[0], sizes, *places[1:]]
+        self.table = np.ascontiguousarray(np.array(columns, dtype=np.uint64).T)
         self.starts = np.cumsum([0, *counts], dtype=np.int64)
         self.word, self.width = WORD[width], np.uint64(width)
         total = int(self.starts[-1])
@@ -78,11 +81,6 @@ class _Batch:
         self.done = np.zeros(len(self.shares), dtype=np.int64)
         self.at_work = [Lock() for _ in self.shares]
         self.stopped = False
-
-    def spans(self) -> np.ndarray[Any, Any]:
-        """Where each tensor begins and ends."""
-        begin, size = self.table[:, TENSOR], self.table[:, SIZE]
-        return np.stack([begin, begin + size * self.width], axis=1)[size > 0]
 
     def run(self, way: int) -> bool:
         """Move all, once it is sure that every index is in its tensor; whether all was moved."""
@@ -158,14 +156,17 @@ def _move(table, starts, word, start, stop, way, done, share):  # type: ignore[n
         scalars, at = _pointer(table[k, TENSOR], word), _pointer(table[k, AT], table)
         new, old = _pointer(table[k, NEW], word), _pointer(table[k, OLD], word)
         i, last = max(start - starts[k], 0), min(stop, starts[k + 1]) - starts[k]
+        begin, width = table[k, TENSOR], np.uint64(word.itemsize)
         while i < last:
-            if way == TRADE_KNOWN and scalars[at[i]] != old[i]:
+            prefetch(begin + width * at[min(i + AHEAD, last - 1)])
+            here = at[i]
+            if way == TRADE_KNOWN and scalars[here] != old[i]:
                 same = False
                 break
             if way in (READ, TRADE):
-                old[i] = scalars[at[i]]
+                old[i] = scalars[here]
             if way != READ:
-                scalars[at[i]] = new[i]
+                scalars[here] = new[i]
             i += 1
         done[share] = starts[k] + i - start
         k += 1
