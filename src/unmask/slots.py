@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError
-from unmask.kernels import Run, gather, merge, scatter
+from unmask.kernels import Run, gather, insert, merge, scatter
 
 TABLE = ("index", "position", "base", "retired", "retired_base")
 
@@ -42,19 +42,29 @@ class Values(nn.Parameter):
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """A new table, not yet in force: sorted scalars, their positions, and what is fresh in it."""
+    """What enters the table and what leaves it, not yet in force."""
 
-    index: Tensor
-    position: Tensor
+    slots: Slots
     fresh: Tensor  # scalars that enter, sorted
     entered: Tensor  # their positions
-    left: Tensor  # scalars that leave, sorted
-    vacated: Tensor  # the positions they had
-    rewind: bool = False  # whether those get their base values back
+    stays: Tensor | None = None  # which of the current scalars stay, if not all
+    rewind: bool = False  # whether those that leave get their base values back
+
+    @property
+    def index(self) -> Tensor:
+        """The sorted scalars of the table to come."""
+        index, position = self.slots.where(self.stays)
+        return merge(index, self.fresh, position, self.entered)[0]
 
     def at(self, index: Tensor) -> Tensor:
-        """The positions of these scalars, all in the table."""
-        return self.position[torch.searchsorted(self.index, index.to(self.index))]
+        """The positions of these scalars, all in the table to come."""
+        if not len(self.fresh):
+            return self.slots.at(index)
+        index = index.to(self.fresh)
+        place = torch.searchsorted(self.fresh, index).clamp_(max=len(self.fresh) - 1)
+        enters = self.fresh[place] == index
+        entered = self.entered[place]
+        return entered if enters.all() else torch.where(enters, entered, self.slots.at(index))
 
 
 class Slots:
@@ -90,32 +100,35 @@ class Slots:
         self.base = torch.zeros_like(self.values.data)
         small = self.eligible.total <= torch.iinfo(torch.int32).max
         dtype = torch.int32 if small else torch.int64
-        self.index = torch.empty(0, dtype=dtype, device=self.values.device)
-        self.position = self.index.int()
+        # Room for all there will ever be, so that a table grows where it is.
+        self._room = tuple(torch.empty_like(self.base, dtype=d) for d in (dtype, torch.int32))
+        self._hold(0)
         self.retired = self.index.clone()
         self.retired_base = self.base[:0].clone()
         self.handed_out = 0  # positions below it have held a scalar at some time
 
     def at(self, index: Tensor) -> Tensor:
-        """The positions of these scalars, all of them current."""
-        return self.position[torch.searchsorted(self.index, index.to(self.index))]
+        """The positions of these scalars; any, of one that isn't current."""
+        place = torch.searchsorted(self.index, index.to(self.index))
+        return self.position[place.clamp_(max=len(self.index) - 1)]
+
+    def where(self, which: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The scalars that a mask says, and their positions; all without one."""
+        if which is None:
+            return self.index, self.position
+        return self.index[which], self.position[which]
 
     def extend(self, fresh: Tensor) -> Change:
-        """The table with these scalars (sorted, none of them current) in the next free slots."""
+        """Let these scalars (sorted, none of them current) enter, in the next free slots."""
         fresh = fresh.to(self.index)
-        entered = self._places(len(fresh), self.position)
-        index, position = merge(self.index, fresh, self.position, entered)
-        return Change(index, position, fresh, entered, fresh[:0], fresh[:0])
+        return Change(self, fresh, self._places(len(fresh), self.position))
 
     def replace(self, chosen: Tensor, rewind: bool = False) -> Change:
-        """The table of exactly these scalars (sorted); those that stay keep their positions."""
+        """Let exactly these scalars (sorted) be current; those that stay keep their positions."""
         chosen = chosen.to(self.index)
         stays = torch.isin(self.index, chosen, assume_unique=True)
         fresh = chosen[~torch.isin(chosen, self.index, assume_unique=True)]
-        entered = self._places(len(fresh), self.position[stays])
-        index, position = merge(self.index[stays], fresh, self.position[stays], entered)
-        left, vacated = self.index[~stays], self.position[~stays]
-        return Change(index, position, fresh, entered, left, vacated, rewind)
+        return Change(self, fresh, self._places(len(fresh), self.position[stays]), stays, rewind)
 
     def _places(self, count: int, occupied: Tensor) -> Tensor:
         """That many free positions, vacated ones first."""
@@ -132,12 +145,14 @@ class Slots:
 
         Returns the positions now in use that held another scalar before.
         """
-        if change.rewind:
-            self.write(change.left, self.base[change.vacated])
-        elif len(change.left):
-            self.retired, self.retired_base = merge(
-                self.retired, change.left, self.retired_base, self.base[change.vacated]
-            )
+        if change.stays is not None:
+            left, vacated = self.where(~change.stays)
+            if change.rewind:
+                self.write(left, self.base[vacated])
+            else:
+                old = self.base[vacated]
+                self.retired, self.retired_base = merge(self.retired, left, self.retired_base, old)
+            self._set(*self.where(change.stays))
         if len(change.fresh):
             weights = self.read(change.fresh)
             base = weights.clone()
@@ -151,10 +166,21 @@ class Slots:
             with torch.no_grad():
                 self.values[change.entered] = weights
             self.base[change.entered] = base
-        self.index, self.position = change.index, change.position
+        self._hold(len(self.index) + len(change.fresh))
+        insert(self.index, change.fresh, self.position, change.entered)
         reused = change.entered[change.entered < self.handed_out]
         self.handed_out += len(change.entered) - len(reused)
         return reused
+
+    def _hold(self, count: int) -> None:
+        """Let the table be that long, whatever its memory holds."""
+        self.index, self.position = (room[:count] for room in self._room)
+
+    def _set(self, index: Tensor, position: Tensor) -> None:
+        """Let the table be this one."""
+        self._hold(len(index))
+        self.index.copy_(index)
+        self.position.copy_(position)
 
     def touched(self) -> tuple[Tensor, Tensor]:
         """(sorted global indices, base values) of every scalar ever trained."""
@@ -220,7 +246,8 @@ class Slots:
                 "load the same base"
             )
         self.write(*self.touched())
-        for name in TABLE:
+        self._set(other.index, other.position)
+        for name in TABLE[2:]:
             setattr(self, name, getattr(other, name))
         self.handed_out = int(state["handed_out"])
         self.values.copy_(values)

@@ -20,7 +20,7 @@ from torch import Tensor
 from unmask.errors import UnmaskWarning
 from unmask.kernels import reference
 
-__all__ = ["Run", "compiled_for", "gather", "merge", "scatter"]
+__all__ = ["Run", "compiled_for", "gather", "insert", "merge", "scatter"]
 
 
 class Run(NamedTuple):
@@ -51,9 +51,18 @@ def merge(
     index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Two sorted vectors without a common entry as one, and what belongs to each entry: O(both)."""
+    room = index.new_empty(len(index) + len(more)), belongs.new_empty(len(index) + len(more))
+    for into, given in zip(room, (index, belongs), strict=True):
+        into[: len(given)] = given
+    insert(room[0], more, room[1], more_belongs)
+    return room
+
+
+def insert(index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor) -> None:
+    """The same in place: `index` and `belongs` end with as much room as there is more."""
     parts = index, more, belongs, more_belongs
     module = compiled_for(*parts)
-    return getattr(module, "merge", reference.merge)(*parts)
+    getattr(module, "insert", reference.insert)(*parts)
 
 
 def _shared_out(runs: list[Run], *vectors: Tensor) -> Iterator[tuple[ModuleType, list[Run]]]:

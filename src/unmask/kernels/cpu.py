@@ -31,10 +31,10 @@ from unmask.kernels.cpu_filter import (
     outdone,
     raising,
 )
-from unmask.kernels.cpu_moves import gather, merge, scatter
+from unmask.kernels.cpu_moves import gather, insert, scatter
 from unmask.kernels.threads import SHARE, in_threads, shares
 
-__all__ = ["Sweep", "gather", "handles", "merge", "scatter"]
+__all__ = ["Sweep", "gather", "handles", "insert", "scatter"]
 
 BLOCK = 1024  # scalars bounded at once
 PART, FEW = 256, 32  # scalars of a block with candidates that are looked at together

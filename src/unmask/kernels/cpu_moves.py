@@ -48,15 +48,9 @@ def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None
     written(run.tensor for run in runs)
 
 
-def merge(
-    index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As `reference.merge`."""
-    merged = index.new_empty(len(index) + len(more))
-    merged_belongs = belongs.new_empty(len(merged))
-    parts = (index, more, belongs, more_belongs, merged, merged_belongs)
-    _merge(*(part.numpy() for part in parts))
-    return merged, merged_belongs
+def insert(index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor) -> None:
+    """As `reference.insert`."""
+    _insert(*(part.numpy() for part in (index, more, belongs, more_belongs)))
 
 
 def _table(runs: list[Run]) -> tuple[np.ndarray[Any, Any], ...]:
@@ -88,12 +82,11 @@ def _scatter(runs, address, half, index, first, last, values, where, jump):  # t
 
 
 @compiled
-def _merge(index, more, belongs, more_belongs, merged, merged_belongs):  # type: ignore[no-untyped-def]
-    i = 0
-    for j in range(len(more) + 1):
-        stop = np.searchsorted(index[i:], more[j]) + i if j < len(more) else len(index)
-        merged[i + j : stop + j] = index[i:stop]
-        merged_belongs[i + j : stop + j] = belongs[i:stop]
-        i = stop
-        if j < len(more):
-            merged[i + j], merged_belongs[i + j] = more[j], more_belongs[j]
+def _insert(index, more, belongs, more_belongs):  # type: ignore[no-untyped-def]
+    stop = len(index) - len(more)
+    for j in range(len(more) - 1, -1, -1):  # from the end, as that is where there is room
+        start = np.searchsorted(index[:stop], more[j])
+        for i in range(stop - 1, start - 1, -1):
+            index[i + j + 1], belongs[i + j + 1] = index[i], belongs[i]
+        index[start + j], belongs[start + j] = more[j], more_belongs[j]
+        stop = start

@@ -42,12 +42,13 @@ def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None
             tensor.detach()[torch.unravel_index(flat, tensor.shape)] = scalars
 
 
-def merge(
-    index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Two sorted vectors without a common entry as one, and what belongs to each entry."""
-    merged, order = torch.cat([index, more]).sort()
-    return merged, torch.cat([belongs, more_belongs])[order]
+def insert(index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor) -> None:
+    """Put `more` into `index`, which has room for it at its end; both sorted, without a common
+    entry; and what belongs to each entry likewise."""
+    count = len(index) - len(more)
+    merged, order = torch.cat([index[:count], more]).sort()
+    index.copy_(merged)
+    belongs.copy_(torch.cat([belongs[:count], more_belongs])[order])
 
 
 def written(tensors: Iterable[Tensor]) -> None:
