@@ -47,19 +47,23 @@ def read(model: nn.Module) -> Callable[[], object]:
 
 
 def selective(
-    model: nn.Module, share: float = 0.5, budget: int = BUDGET, exp: float = 2.0
+    model: nn.Module,
+    share: float = 0.5,
+    budget: int = BUDGET,
+    exp: float = 2.0,
+    fused: bool = False,
 ) -> tuple[unmask.Tuner, Callable[[], object]]:
     """ID3 at that share of its run; its first step, which catches up, is taken here."""
     method = unmask.id3(budget=budget, exp=exp, schedule=From(round(share * STEPS)))
     tuner = unmask.attach(model, method, steps=STEPS)
-    optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-4)
+    optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-4, fused=fused)
     optimizer.step()
     return tuner, optimizer.step
 
 
-def dense(model: nn.Module) -> Callable[[], object]:
+def dense(model: nn.Module, fused: bool = False) -> Callable[[], object]:
     """Full fine-tuning's step."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4).step
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused).step
 
 
 def authors(model: nn.Module, share: float = 0.5) -> Callable[[], object]:
@@ -109,7 +113,7 @@ def compared(
         tuner, step = selective(model, share, budget)
         actions = {"read": read(model), f"id3 {when}": step}
         if when == "middle":  # beside the others, all in turn
-            actions["adamw"] = dense(model)
+            actions |= {"adamw": dense(model), "adamw fused": dense(model, fused=True)}
             if with_authors:  # last of a round, since it masks the gradients
                 actions["authors"] = authors(model)
         found = common.interleaved(actions, repeats, gradients.fresh)
@@ -130,7 +134,11 @@ def budgets(shape: str, repeats: int, choices: tuple[int, ...]) -> list[dict[str
     """How many scalars a run may unmask."""
     common.say("budgets")
     model = common.bert(shape, dropout=0.0)
-    return [_pair(model, repeats, budget) | {"budget": budget} for budget in choices]
+    return [
+        _pair(model, repeats, budget, fused=fused) | {"budget": budget, "fused": fused}
+        for budget in choices
+        for fused in (False, True)
+    ]
 
 
 def sizes(shape: str, repeats: int, layers: tuple[int, ...], budget: int) -> list[dict[str, Any]]:
@@ -143,10 +151,12 @@ def sizes(shape: str, repeats: int, layers: tuple[int, ...], budget: int) -> lis
     return found
 
 
-def _pair(model: nn.Module, repeats: int, budget: int, exp: float = 2.0) -> dict[str, Any]:
+def _pair(
+    model: nn.Module, repeats: int, budget: int, exp: float = 2.0, fused: bool = False
+) -> dict[str, Any]:
     gradients = common.Gradients(model)
     gradients.fresh()
-    tuner, step = selective(model, 0.5, budget, exp)
+    tuner, step = selective(model, 0.5, budget, exp, fused)
     times = common.interleaved({"read": read(model), "id3": step}, repeats, gradients.fresh)
     tuner.detach()
     return {"times": times, "to_read": common.ratio(times, "id3", "read")}
@@ -159,11 +169,11 @@ def _count(model: nn.Module) -> int:
 def _row(found: dict[str, Any]) -> list[str]:
     times = found["times"]
     at = [f"{common.ratio(times, f'id3 {w}', f'read {w}'):.2f}" for w in AT]
-    to_dense = f"{common.ratio(times, 'id3 middle', 'adamw'):.3f}"
+    to_dense = [f"{common.ratio(times, 'id3 middle', a):.3f}" for a in ("adamw", "adamw fused")]
     to_authors = f"{common.ratio(times, 'id3 middle', 'authors'):.4f}" if "authors" in times else ""
     ms = f"{1000 * common.median(times['id3 middle']):.0f}"
     name = f"{found['scalars'] / 1e6:.0f} M {found['dtype']}"
-    return [name, *at, to_dense, to_authors, ms]
+    return [name, *at, *to_dense, to_authors, ms]
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
@@ -184,8 +194,9 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     tables = [
         common.table(
             "The ID3 step: its time to that of one read of gradients and weights, early, in the "
-            "middle and late in a run, to a dense AdamW step and to the authors' procedure",
-            ["model", *(f"/ read, {w}" for w in AT), "/ AdamW", "/ authors'", "ms"],
+            "middle and late in a run, to a dense AdamW step (PyTorch's default, and fused) and to "
+            "the authors' procedure",
+            ["model", *(f"/ read, {w}" for w in AT), "/ AdamW", "/ fused", "/ authors'", "ms"],
             [_row(found) for found in steps],
         ),
         common.table(
@@ -194,9 +205,12 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             [[f["exp"], f"{f['to_read']:.2f}"] for f in exps],
         ),
         common.table(
-            "Any budget: time / one read",
-            ["budget", "/ read"],
-            [[f"{f['budget']:,}", f"{f['to_read']:.2f}"] for f in flat],
+            "Any budget: time / one read, with PyTorch's default AdamW and with the fused one",
+            ["budget", "/ read", "fused"],
+            [
+                [f"{a['budget']:,}", f"{a['to_read']:.2f}", f"{b['to_read']:.2f}"]
+                for a, b in zip(flat[::2], flat[1::2], strict=True)
+            ],
         ),
         common.table(
             "Any size: time / one read",
