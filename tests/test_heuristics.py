@@ -292,6 +292,25 @@ class Rare(unmask.Heuristic):
         return 1 / (1 + s.seen)
 
 
+@dataclass(frozen=True)
+class Placed(unmask.Heuristic):
+    """Goes by all that it sees: the parameter's name, the scalar's place in it and in the model."""
+
+    def score(self, s: Scalars) -> Tensor:
+        place = s.flat if isinstance(s.flat, Tensor) else torch.arange(s.flat.start, s.flat.stop)
+        return s.grad.abs() * (2.0 + torch.sin(s.index + 0.5 * place + len(s.name)))
+
+
+@pytest.mark.parametrize("of", ["score", "gradient"])
+def test_an_inner_heuristic_sees_what_it_sees_alone(of: str) -> None:
+    """At one step, a mean without decay and a sum are the score itself."""
+    for outer in (unmask.Smoothed(Placed(), 0.0, of), unmask.Accumulated(Placed(), of)):
+        alone, within = (
+            Run(unmask.Method(h, unmask.Static(), B)).train() for h in (Placed(), outer)
+        )
+        assert chosen(within.tuner) == chosen(alone.tuner)
+
+
 def test_a_memory_of_ones_own() -> None:
     method = unmask.Method(Rare(), unmask.Increment(), B)
     assert method.to_dict()["heuristic"]["kind"] == "test_heuristics.Rare"

@@ -165,7 +165,8 @@ class Draft:
         if gradient is None:
             gradient = theta.new_zeros(()).expand(theta.shape)  # takes no memory
         share = len(self.slots.values) / eligible.total
-        return Whole(theta, gradient.detach(), eligible.names[k], self.step, share)
+        name, offset = eligible.names[k], eligible.offsets[k]
+        return Whole(theta, gradient.detach(), name, self.step, share, offset)
 
 
 def _kept(slots: Slots, method: Method, drop: int) -> Tensor:

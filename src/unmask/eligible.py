@@ -17,7 +17,7 @@ from unmask.errors import UnmaskError
 
 Patterns = str | Sequence[str]
 INSTEAD = (
-    "a quantised or sharded weight has none to choose from: train LoRA's scalars over it, "
+    "a quantised weight has none to choose from: train LoRA's scalars over it, "
     "attach(peft.get_peft_model(model, LoraConfig()), ...), or load it unquantised, in bfloat16"
 )
 
@@ -76,8 +76,6 @@ def find(
     and speak of parameter names; a tied parameter counts once, under its first name, and answers to
     every name it has.
     """
-    if not isinstance(model, nn.Module):
-        raise UnmaskError(f"attach() was given {model!r} for its model; give a torch.nn.Module")
     includes, excludes, fully = (listed(p) for p in (include, exclude, train_fully))
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

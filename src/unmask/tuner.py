@@ -19,7 +19,7 @@ from unmask.errors import UnmaskError
 from unmask.fresh import random_parts
 from unmask.intake import Intake
 from unmask.methods import Method
-from unmask.processes import check_alike, check_unwrapped
+from unmask.processes import check_alike, check_unwrapped, check_whole
 from unmask.sampled import Hook, Sampler
 from unmask.slots import Slots
 from unmask.slots import Values as Values
@@ -63,6 +63,8 @@ def attach(
     >>> tuner.active
     1
     """
+    if not isinstance(model, nn.Module):
+        raise UnmaskError(f"attach() was given {model!r} for its model; give a torch.nn.Module")
     if not isinstance(method, Method):
         raise UnmaskError(
             f"attach() was given {method!r} for its method; give unmask.id3(budget=...), say"
@@ -120,9 +122,12 @@ class Tuner:
         except BaseException:  # the model can be given to attach() again
             self.release()
             raise
-        if values is None and (gradients != "dense" or len(self.slots) or self._seen):
-            alike = Hook(self._with_others, [])
-            self._undo.append(model.register_forward_pre_hook(alike).remove)
+        if values is None:
+            # Dense gradients are the same in all, and so is what is chosen from those alone.
+            agreed = gradients == "dense" and not len(self.slots) and not self._seen
+            hook = Hook(self._with_others, [agreed])
+            # Ahead of others, which may put something else in the place of parameters.
+            self._undo.append(model.register_forward_pre_hook(hook, prepend=True).remove)
         _attached[model] = weakref.ref(self)
 
     def __repr__(self) -> str:
@@ -335,14 +340,15 @@ class Tuner:
         return self._course.settled(self.step + 1, len(self.slots))
 
     def _with_others(self, _: nn.Module, agreed: list[bool]) -> None:
-        """Before a forward pass: of several processes, all must be about to train the same."""
+        """Before a forward pass: of several processes, all must be about to train the same, and
+        have it whole."""
 
         def state() -> list[Tensor]:
             seen = [self._seen[k] for k in sorted(self._seen)]
             return [self.slots.index, self.slots.values, *seen]
 
-        if not agreed and check_alike(self.gradients, state):
-            agreed.append(True)
+        check_whole(self.model, self.trained())
+        agreed[0] = agreed[0] or check_alike(self.gradients, state)
 
     def _calibrate(self, batches: Iterable[Any] | None) -> None:
         """Let the heuristic look at data; choose at once where training gradients have no say."""

@@ -48,9 +48,10 @@ class Scalars:
 class Whole:
     """A whole parameter at a step, in its own shape and dtype, as `observe` and `survey` see it.
 
-    grad   its gradient; zeros if it got none, or in `survey` with `uses_gradient = False`
-    step   the optimiser step, 1 is the first
-    share  budget / eligible scalars
+    grad    its gradient; zeros if it got none, or in `survey` with `uses_gradient = False`
+    step    the optimiser step, 1 is the first
+    share   budget / eligible scalars
+    offset  global index of the parameter's first scalar
     """
 
     theta: Tensor
@@ -58,6 +59,7 @@ class Whole:
     name: str
     step: int
     share: float
+    offset: int = 0
 
     @property
     def matrix(self) -> Tensor:

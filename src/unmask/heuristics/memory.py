@@ -177,7 +177,7 @@ def _news(inner: Heuristic, of: str, whole: Whole) -> Tensor:
     theta, grad = (t.detach().reshape(-1).float() for t in (whole.theta, whole.grad))
     if of == "gradient":
         return grad
-    return inner.score(Scalars(theta, grad, whole.name, 0, range(len(theta)))).float()
+    return inner.score(Scalars(theta, grad, whole.name, whole.offset, range(len(theta)))).float()
 
 
 def _judged(inner: Heuristic, of: str, s: Scalars) -> Tensor:

@@ -19,7 +19,7 @@ from torch.autograd import Variable
 
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError, UnmaskWarning
-from unmask.processes import wrapper
+from unmask.processes import check_whole, wrapper
 from unmask.tuner import Tuner, Values
 
 
@@ -59,6 +59,7 @@ class Run:
                 "over the processes; with several, use unmask.attach() on the plain model, and "
                 "wrap that"
             )
+        check_whole(self.tuner.model, self.eligible.tensors)
         self.tuner.last_pass(self.streaming and _last())
         self.require(True)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from unmask.eligible import INSTEAD, Eligible, is_plain
 from unmask.errors import UnmaskError
+from unmask.processes import check_unwrapped
 
 ORIGINAL = "original_module"  # what PEFT's modules_to_save calls the module it copied
 
@@ -27,6 +28,7 @@ def verdict(config: Any, key: str) -> Any:
 
 def find(config: Any, model: nn.Module, own: str) -> Eligible:
     """The plain floating-point parameters in targeted modules, less those in excluded ones."""
+    check_unwrapped(model)
     targeted, excluded, copies = set(), set(), set()
     for key, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
