@@ -16,6 +16,7 @@ from torch import Tensor
 from lockstep import same_bits
 from models import seeded
 from unmask.heuristics import D3, Scalars
+from unmask.select import Piece, TopK
 
 cpu = pytest.importorskip("unmask.kernels.cpu")
 
@@ -143,6 +144,109 @@ def test_any_law(exp: float, eps: float, scale: float, rank: int, seed: int) -> 
     (index, _, _), left, bad = this.run(0, this.total, threshold, 10**6)
     assert (left, bad) == ([], -1)
     assert torch.isin(problem.index[problem.free & (score >= threshold)], index).all()
+
+
+class Extremes(Problem):
+    """Weights and gradients of any size that float32 has, zero and weights that aren't finite."""
+
+    def __init__(self, low: float, high: float, dtype: torch.dtype, seed: int) -> None:
+        super().__init__(torch.float32, torch.float32, seed)
+        draw = seeded(seed)
+        for k, n in enumerate(SIZES):
+            theta, grad = torch.rand(2, n, generator=draw).double()
+            theta = (10 ** (low + (high - low) * theta)).float()
+            grad = (10 ** (-45 + 83.5 * grad)).float().clamp(max=3e38)
+            for at, odd in enumerate((0.0, 1.8e19, 3e38, 3.4e38, math.inf, math.nan)):
+                theta[at::97] = odd
+            grad[::11] = 0.0
+            grad[1::11] = 2.0**-149
+            self.thetas[k], self.grads[k] = theta.to(dtype), grad.to(dtype)
+
+
+EXPONENTS = st.one_of(
+    st.sampled_from([-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 300.0, -300.0, 1e30, -1e30]),
+    st.floats(-5, 5),
+)
+EPSILONS = st.one_of(
+    st.sampled_from([1e-300, 1e-45, 1e-40, 1e-20, 1e-6, 1.0, 1e5, 2e19, 3e38]),
+    st.floats(-45, 38).map(lambda power: 10**power),
+)
+RANGES = st.sampled_from([(-38.0, 38.4), (18.0, 20.0), (-2.0, 2.0), (-45.0, -36.0)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exp=EXPONENTS,
+    eps=EPSILONS,
+    sizes=RANGES,
+    share=st.sampled_from([0.0, 1e-3, 0.03, 0.3, 0.6, 0.9, 1.0]),
+    wanted=st.sampled_from([1, 100, 3000, 30_000]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
+)
+@example(exp=-2.0, eps=1.0, sizes=(18.0, 20.0), share=0.6, wanted=1, dtype=DTYPES[0], seed=0)
+@example(exp=-0.5, eps=1.0, sizes=(-2.0, 2.0), share=0.03, wanted=1, dtype=DTYPES[0], seed=0)
+@example(exp=2.0, eps=1e5, sizes=(-2.0, 2.0), share=0.5, wanted=1, dtype=DTYPES[0], seed=0)
+@example(exp=0.5, eps=1e-45, sizes=(-45.0, -36.0), share=0.1, wanted=1, dtype=DTYPES[0], seed=0)
+def test_no_score_is_too_odd(
+    exp: float,
+    eps: float,
+    sizes: tuple[float, float],
+    share: float,
+    wanted: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    problem = Extremes(*sizes, dtype, seed)
+    score = problem.scores(exp, eps)
+    some = score[problem.free & ~score.isnan()].sort(descending=True).values
+    ranks = [round(share * (len(some) - 1))]
+    ranks += [int((some > limit).sum()) - 1 for limit in (0.0, 2.0**-126)]  # the least of these
+    for rank in ranks:
+        threshold = float(some[rank]) if rank >= 0 else math.ulp(0.0)
+        this = problem.sweep(exp, eps)
+        (index, _, _), left, bad = this.run(0, this.total, threshold, 10**6)
+        assert (left, bad) == ([], -1)
+        assert torch.isin(problem.index[problem.free & (score.double() >= threshold)], index).all()
+    for threshold in (-math.inf, float(some[min(2 * wanted, len(some) - 1)])):
+        this = problem.sweep(exp, eps)
+        (index, _, _), left, _ = this.run(0, this.total, threshold, 10**6, wanted=wanted)
+        assert not left
+        assert torch.isin(best(problem, score, wanted), index).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    exp=EXPONENTS,
+    eps=EPSILONS,
+    sizes=RANGES,
+    count=st.sampled_from([1, 100, 3000, 30_000, 80_000, 10**6]),
+    dtype=st.sampled_from(DTYPES),
+    backwards=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_odd_scores_are_ranked_as_they_are(
+    exp: float,
+    eps: float,
+    sizes: tuple[float, float],
+    count: int,
+    dtype: torch.dtype,
+    backwards: bool,
+    seed: int,
+) -> None:
+    problem = Extremes(*sizes, dtype, seed)
+    score = torch.where(problem.free, problem.scores(exp, eps), torch.nan)
+    order = score.nan_to_num(-1.0, posinf=math.inf).sort(descending=True, stable=True).indices
+    expected = problem.index[order[: min(count, int((score >= 0).sum()))]].sort().values
+    top = TopK(count, D3(exp, eps), torch.device("cpu"))
+    parts = zip(problem.offsets, problem.thetas, problem.grads, problem.runs, strict=True)
+    pieces = [Piece("", o, theta, g, problem.kept, *run) for o, theta, g, run in parts]
+    for some in [pieces[4:], pieces[:4]] if backwards else [pieces]:
+        top.offer(some)
+    index, grad = top.best()
+    assert torch.equal(index, expected)
+    grads = torch.cat([g.float() for g in problem.grads])
+    assert same_bits(grad, grads[index - problem.offsets[0]])
 
 
 def best(problem: Problem, score: Tensor, wanted: int) -> Tensor:

@@ -58,7 +58,8 @@ class Draft:
             self.change = slots.replace(self.kept, method.strategy.rewinds)
         if self.change is not None:
             self._keep(self.change.index)
-        self.gradient = slots.base.new_zeros(len(self.kept))
+        # To -0.0 anything adds up to itself, also -0.0, which 0.0 would turn into 0.0.
+        self.gradient = slots.base.new_full((len(self.kept),), -0.0)
         self._gathers = getattr(self.best, "gathers", False) and slots.base.dtype == torch.float32
 
     def _keep(self, kept: Tensor) -> None:
@@ -95,6 +96,7 @@ class Draft:
 
     def add(self, k: int, gradient: Tensor) -> None:
         """Add to the k-th tensor's kept scalars this part of their gradient."""
+        self._taken[k] = True
         start, stop = self.runs[k]
         self.gradient[start:stop] += gradient.to(self.gradient)
 
@@ -105,6 +107,9 @@ class Draft:
             raise NonFinite("the unmasked scalars")
         out.zero_()
         missing = [k for k, taken in enumerate(self._taken) if not taken]
+        unseen = [self.gradient[slice(*self.runs[k])] for k in missing if k in self.runs]
+        for part in unseen:
+            part.fill_(0.0)  # what optimisers leave alone
         if self.watching:
             for k in missing:
                 self._observe(k, None)
@@ -118,6 +123,8 @@ class Draft:
             scatter([run], self.slots.position, self.gradient)  # positions stay when others enter
         elif self.change is not None:
             out[self.change.at(self.kept)] = self.gradient
+        for part in unseen:
+            part.fill_(-0.0)  # more may come
         return self.change
 
     def _chosen(self) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from unmask.kernels.cpu_base import (
     read,
 )
 from unmask.kernels.cpu_filter import (
+    STEEP,
     bounds,
     lacking,
     largest,
@@ -104,9 +105,12 @@ class Sweep:
         """
         exp, eps = self._law
         law, low, cut = bounds(exp, eps, threshold)
+        how = wanted, raising(law, exp, eps)
+        if abs(exp) > STEEP:
+            exp = 0.0  # the weight has no say, nor may it overflow
+        eps = float(torch.tensor(eps, dtype=torch.float32))  # numpy would warn that it is infinite
         constants = law, np.float32(exp), np.float32(eps), np.int32(low), np.float32(cut)
         cuts = np.array([cut], dtype=np.float32)  # the highest so far, of any thread
-        how = wanted, raising(law, exp, eps)
         rooms: dict[int, tuple[Any, ...]] = {}  # for candidates, one for each thread
         used: dict[int, int] = {}
 

@@ -27,38 +27,49 @@ ONE = 2.0**23  # of log2, in bits
 ROUNDING = 1e-4  # of log2 in float32, per unit of (1 + |exp|), with room to spare
 SMALLEST = 1.2e-38  # the least normal float32
 PRODUCTS = (0.0, 1.0, 2.0, -1.0)  # exponents compared by multiplying, closer and faster
-ANY = 9  # the law of all other exponents
+ANY, FALLING = 8, 9  # the laws of all other exponents, from 0 up and below it
+STEEP = 1000.0  # exponents beyond overflow what is compared
 
 
 def bounds(exp: float, eps: float, threshold: float) -> tuple[int, int, float]:
     """(law, least |g| bits, cut) that a score of `threshold` or more can have."""
     least = exp * math.log2(eps) if exp > 0 else 0.0  # log2 of the denominator, at exp >= 0
-    normal = least > -120  # else torch's power may be no number to go by
+    normal = _normal(exp, eps)  # else torch's power may be no number to go by
+    other = FALLING if exp < 0 else ANY
     known = exp in PRODUCTS and eps > SMALLEST and normal
-    if threshold <= 0 or not math.isfinite(threshold):
-        return int(exp) if known else ANY, (1 if threshold > 0 else 0), -np.inf
-    log, margin = math.log2(threshold), ROUNDING * (1 + abs(exp))
+    if threshold <= 0 or abs(exp) > STEEP:
+        return int(exp) if known else other, (1 if threshold > 0 else 0), -np.inf
+    log, margin = min(128.0, math.log2(threshold)), ROUNDING * (1 + abs(exp))
+    if log < -125:  # such scores have few digits: they may be rounded to twice what they are
+        log = max(log, -149.0) - 1
+    if not normal:  # so may the denominator be, or to 0 if it is smaller yet
+        least = least - 1 if eps > SMALLEST and least > -148 else -np.inf
     least += log if exp >= 0 else -np.inf  # log2 of |g|
     low = 1 if least < -126 else int(np.float32(2.0 ** min(least - margin, 127.9)).view(np.int32))
     if not normal:
-        return ANY, low, -np.inf
+        return other, low, -np.inf
     if known and -100 < log < 100 and (least > -125 or exp < 0):
         return int(exp), low, threshold * 2.0**-margin
     slack = LOG_SLACK * (1 + max(0.0, -exp)) + margin
-    return ANY, low, (log - slack + 127 - 127 * exp) * ONE
+    return other, low, (log - slack + 127 - 127 * exp) * ONE
 
 
 def raising(law: int, exp: float, eps: float) -> tuple[float, float, float, float]:
     """(scale, less, above, below): of a cut that a candidate just meets, within (above, below),
     scale · cut - less is a cut that scores as good as that candidate's all meet."""
     margin = 2 * ROUNDING * (1 + abs(exp))  # of its score, and of the others'
-    if law != ANY:
+    if not _normal(exp, eps):
+        return 1.0, 0.0, np.inf, np.inf
+    if law < ANY:
         above = max(-100.0, -120.0 - max(0.0, exp) * math.log2(eps))
         return 2.0**-margin, 0.0, 2.0**above, 2.0**100
-    if exp > 0 and exp * math.log2(eps) <= -120:
-        return 1.0, 0.0, np.inf, np.inf
     above, below = ((log + 127 - 127 * exp) * ONE for log in (-100, 100))
     return 1.0, (LOG_SLACK * (1 + abs(exp)) + margin) * ONE, above, below
+
+
+def _normal(exp: float, eps: float) -> bool:
+    """Whether no weight is so small that its power has lost digits, or is 0."""
+    return abs(exp) <= STEEP and (exp <= 0 or (eps > SMALLEST and exp * math.log2(eps) > -120))
 
 
 @compiled
@@ -80,6 +91,13 @@ def largest(address, half, at, n):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def lost(exp):  # type: ignore[no-untyped-def]
+    """At exp < 0, the exp · b(|θ| + ε) from which down that power may have lost digits, or is 0."""
+    least = -124 + np.float32(LOG_SLACK + ROUNDING) * (1 - exp) + 127 * exp
+    return np.float32(max(least * np.float32(ONE), exp * np.float32(INFINITE - (1 << 20))))
+
+
+@compiled
 def lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
     """How far a score is below the threshold that `cut` was made for: above 0 if it can't win."""
     if law == 0:
@@ -90,6 +108,8 @@ def lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
         return cut * (base * base) - g
     if law == -1:
         return cut - g * base
+    if law == FALLING and exp * np.float32(as_bits(base)) <= lost(exp):
+        return np.float32(-np.inf)
     return cut - (np.float32(as_bits(g)) - exp * np.float32(as_bits(base)))
 
 
@@ -97,7 +117,8 @@ def lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
 def met(g, base, law, exp):  # type: ignore[no-untyped-def]
     """The cut that a scalar just meets, -inf if its score may be no normal number."""
     power = exp * (np.float32(as_bits(base)) / np.float32(ONE) - np.float32(127))
-    if g < np.float32(SMALLEST) or not abs(power) < 120:
+    most = np.float32(120) - np.float32(LOG_SLACK) * abs(exp)
+    if g < np.float32(SMALLEST) or as_bits(base) >= INFINITE or not abs(power) < most:
         return np.float32(-np.inf)
     if law == 0:
         return g
@@ -119,7 +140,7 @@ def least_gradient(eps, law, exp, cut):  # type: ignore[no-untyped-def]
         return as_bits(cut * eps)
     if law == 2:
         return as_bits(cut * (eps * eps))
-    if law == -1 or exp < 0:
+    if law == -1 or law == FALLING:
         return np.int32(1)
     least = np.float64(cut) + np.float64(exp) * as_bits(eps) - 4096  # float32's rounding and more
     return np.int32(min(max(least, 1.0), INFINITE - 1.0))
@@ -155,6 +176,12 @@ def _least(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
         for i in range(len(g)):
             size = magnitude(g[i])
             lack = as_bits(lacking(size, magnitude(t[i]) + eps, -1, exp, cut))
+            least = lack if lack < least else least
+            top = as_bits(size) if as_bits(size) > top else top
+    elif law == FALLING:
+        for i in range(len(g)):
+            size = magnitude(g[i])
+            lack = as_bits(lacking(size, magnitude(t[i]) + eps, FALLING, exp, cut))
             least = lack if lack < least else least
             top = as_bits(size) if as_bits(size) > top else top
     else:
