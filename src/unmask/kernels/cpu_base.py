@@ -20,6 +20,7 @@ HALF = {torch.float32: False, torch.bfloat16: True}  # weights handled: whether 
 # Without types, since mypy sees what numba is given, not what it makes of it.
 compiled: Any = njit(nogil=True, cache=True)
 _intrinsic: Any = intrinsic
+_move: Any = cgutils.raw_memmove
 
 
 def addresses(tensors: Iterable[Tensor]) -> np.ndarray[Any, Any]:
@@ -55,6 +56,21 @@ def prefetch(_context, _address):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(types.uint64), generate
+
+
+@_intrinsic
+def shift(_context, numbers, start, count, by):  # type: ignore[no-untyped-def]
+    """numbers[start + by : start + by + count] = numbers[start : start + count], which may
+    overlap."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        vector, start, count, by = arguments
+        data = context.make_array(signature.args[0])(context, builder, vector).data
+        source, width = builder.gep(data, [start]), numbers.dtype.bitwidth // 8
+        _move(builder, builder.gep(source, [by]), source, count, width)
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.intp, types.intp, types.intp), generate
 
 
 @_intrinsic

@@ -18,6 +18,7 @@ from unmask.kernels.cpu_base import (
     pointer,
     read,
     rounded,
+    shift,
 )
 from unmask.kernels.reference import written
 from unmask.kernels.threads import in_threads, shares
@@ -86,7 +87,7 @@ def _insert(index, more, belongs, more_belongs):  # type: ignore[no-untyped-def]
     stop = len(index) - len(more)
     for j in range(len(more) - 1, -1, -1):  # from the end, as that is where there is room
         start = np.searchsorted(index[:stop], more[j])
-        for i in range(stop - 1, start - 1, -1):
-            index[i + j + 1], belongs[i + j + 1] = index[i], belongs[i]
+        shift(index, start, stop - start, j + 1)
+        shift(belongs, start, stop - start, j + 1)
         index[start + j], belongs[start + j] = more[j], more_belongs[j]
         stop = start
