@@ -223,6 +223,20 @@ def test_an_index_changed_behind_our_back_is_no_crash(monkeypatch):
         assert bytes_of(model.weight) == before
 
 
+@pytest.mark.parametrize("share", [1, 7, 10**6])
+def test_an_index_that_is_wrong_late_leaves_no_trace(share: int, monkeypatch):
+    """Also if other shares have been exchanged before it is seen."""
+    monkeypatch.setattr(swap_cpu, "SHARE", share)
+    for wrong in (10**12, -1, 40):
+        done = [Move(torch.zeros(50), torch.arange(45), torch.ones(45), torch.empty(45))]
+        done[0].at[44] = wrong
+        exchange = swap_cpu.Exchange(done, known=False)
+        with pytest.raises(UnmaskError, match="outside of its tensor"):
+            exchange.start()
+        exchange.revert()
+        assert not done[0].tensor.any()
+
+
 def test_the_compiler_is_loaded_only_when_it_pays(monkeypatch):
     monkeypatch.setattr(lazy, "_worked", 0)
     monkeypatch.delitem(lazy.sys.modules, "numba")

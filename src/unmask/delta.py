@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -68,8 +69,7 @@ class Delta:
         object.__setattr__(self, "info", info)
         object.__setattr__(self, "sparse", dict(sorted(self.sparse.items())))
         for part in ("full", "buffers"):
-            copies = {name: _copy(tensor) for name, tensor in sorted(getattr(self, part).items())}
-            object.__setattr__(self, part, copies)
+            object.__setattr__(self, part, _copies(getattr(self, part)))
 
     @property
     def active(self) -> int:
@@ -180,8 +180,9 @@ class Delta:
         before = known or blank(self.sparse)
         full = {name: targets[name] for name in self.full}
         buffers = {name: targets[name] for name in self.buffers}
-        undo = Delta(before, full, buffers, base=self.after, info=self.info)
-        vars(undo).update(after=self.base, _undoes=self.sparse)  # as is known already
+        undo = copy(self)  # as valid as this one, so that it needs no checks
+        vars(undo).update(sparse=before, base=self.after, after=self.base, _undoes=self.sparse)
+        vars(undo).update({"full": _copies(full), "buffers": _copies(buffers)})
         with ExitStack() as rollback:
             exchange = Exchange(moves(self.sparse, targets, before), bool(known))
             rollback.callback(exchange.revert)  # also after an interrupt, or out of memory
@@ -246,9 +247,13 @@ class Delta:
         return LAYOUTS[layout].encode(Content(self.sparse, self.full, self.buffers))
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    bits(tensor)  # refuses what can't be compared and written bit for bit
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for tensor in tensors.values():
+        bits(tensor)  # refuses what can't be compared and written bit for bit
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in sorted(tensors.items())
+    }
 
 
 def _refuse_ties(targets: Mapping[str, Tensor]) -> None:

@@ -83,13 +83,17 @@ class _Batch:
         self.stopped = False
 
     def run(self, way: int) -> bool:
-        """Move all, once it is sure that every index is in its tensor; whether all was moved."""
-        if not _sound(self.table, self.starts):  # only if someone wrote into a delta's own indices
-            raise UnmaskError("an index lies outside of its tensor; load the delta afresh")
+        """Move all, each share once it is sure that its indices are in their tensors; whether all
+        was moved."""
 
         def work(i: int, _: int) -> bool:
             with self.at_work[i]:
-                return not self.stopped and self._move(i, *self.shares[i], way)
+                if self.stopped:
+                    return False
+                if not _sound(self.table, self.starts, *self.shares[i]):
+                    # Only if someone wrote into a delta's own indices.
+                    raise UnmaskError("an index lies outside of its tensor; load the delta afresh")
+                return self._move(i, *self.shares[i], way)
 
         return all(in_threads(work, [(i, i) for i in range(len(self.shares))]))
 
@@ -133,16 +137,17 @@ _pointer: Any = intrinsic(_as_pointer)
 
 
 @njit(nogil=True, cache=True)
-def _sound(table, starts):  # type: ignore[no-untyped-def]
+def _sound(table, starts, start, stop):  # type: ignore[no-untyped-def]
     """Whether indices rise strictly and stay in their tensors, so that no scalar moves twice."""
-    for k in range(len(table)):
-        at, count = _pointer(table[k, AT], table), starts[k + 1] - starts[k]
-        wrong = count > 0 and at[count - 1] >= table[k, SIZE]
-        for i in range(1, count):
+    k, wrong = np.searchsorted(starts, start, side="right") - 1, False
+    while k < len(table) and starts[k] < stop:
+        at = _pointer(table[k, AT], table)
+        first, last = max(start - starts[k], 0), min(stop, starts[k + 1]) - starts[k]
+        wrong |= last > first and at[last - 1] >= table[k, SIZE]
+        for i in range(max(first, 1), last):
             wrong |= at[i] <= at[i - 1]
-        if wrong:
-            return False
-    return True
+        k += 1
+    return not wrong
 
 
 @njit(nogil=True, cache=True)
