@@ -571,3 +571,17 @@ def test_writing_is_noticed_by_autograd():
 def test_what_cannot_be_a_delta_is_refused(make):
     with pytest.raises(UnmaskError):
         make()
+
+
+def test_an_undo_shares_nothing_that_can_be_changed():
+    model = nn.Linear(2, 2)
+    at = torch.tensor([0, 3])
+    base = {"weight": Sparse((2, 2), at, model.weight.detach().view(-1)[at])}
+    new = {"weight": base["weight"].holding(torch.ones(2))}
+    delta = Delta(new, base=fingerprint(base), info={"inner": {"a": 1}})
+    undo = delta.apply(model)
+    undo.info["inner"]["a"] = 2
+    again = undo.apply(model)
+    again.sparse.clear()
+    assert delta.info == {"inner": {"a": 1}}
+    assert list(delta.sparse) == list(undo.sparse) == ["weight"]

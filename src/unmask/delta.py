@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -181,8 +181,9 @@ class Delta:
         full = {name: targets[name] for name in self.full}
         buffers = {name: targets[name] for name in self.buffers}
         undo = copy(self)  # as valid as this one, so that it needs no checks
-        vars(undo).update(sparse=before, base=self.after, after=self.base, _undoes=self.sparse)
-        vars(undo).update({"full": _copies(full), "buffers": _copies(buffers)})
+        vars(undo).update(sparse=dict(before), full=_copies(full), buffers=_copies(buffers))
+        vars(undo).update(base=self.after, info=deepcopy(self.info))
+        vars(undo).update(after=self.base, _undoes=self.sparse)  # as is known already
         with ExitStack() as rollback:
             exchange = Exchange(moves(self.sparse, targets, before), bool(known))
             rollback.callback(exchange.revert)  # also after an interrupt, or out of memory

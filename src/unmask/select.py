@@ -112,7 +112,7 @@ class TopK:
         assert module is not None
         sweep = module.Sweep(thetas, grads, offsets, kept, runs, into, law)
         capacity = max(FEW, min(2 * self.count, MANY))
-        for every, but in self._rounds(sweep.total):
+        for every, but in self._rounds(sweep.total, module.GROWTH):
             ranges = [(0, sweep.total)]
             while ranges:
                 first, last = ranges.pop()
@@ -133,18 +133,18 @@ class TopK:
         """Whether a score of 0 may be among the best, at this global index or a later one."""
         return self.threshold < 0.0 or (self.threshold == 0.0 and index < self.last)
 
-    def _rounds(self, total: int) -> Iterator[tuple[int, int]]:
+    def _rounds(self, total: int, growth: int) -> Iterator[tuple[int, int]]:
         """(every, but) of each round of a sweep: blocks whose number is a multiple of `every` and
         none of `but`.
 
         Where there is no threshold yet, blocks from all over the model make one, so that few of the
-        others' scalars reach it, whatever the tensors' order: `count` times the growth a round, as
-        a rule.
+        others' scalars reach it, whatever the tensors' order: `count` times the growth a round, or
+        hardly more than `count` if the threshold rises meanwhile. `growth` is the most.
         """
         left_out = total // (4 * max(FEW, self.count))
         rounds = 0
         if self.threshold == -math.inf and left_out > 1:
-            most = max(8, min(4096, 4 * MANY // self.count))
+            most = max(8, min(growth, 4 * MANY // self.count))
             rounds = math.ceil(math.log(left_out, most))
         growth = int(left_out ** (1 / max(1, rounds))) | 1  # odd, as rows' lengths are even
         but = 0

@@ -149,7 +149,7 @@ class Slots:
             left, vacated = self.where(~change.stays)
             if change.rewind:
                 self.write(left, self.base[vacated])
-            else:
+            elif len(left):
                 old = self.base[vacated]
                 self.retired, self.retired_base = merge(self.retired, left, self.retired_base, old)
             self._set(*self.where(change.stays))

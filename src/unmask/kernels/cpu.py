@@ -38,6 +38,7 @@ from unmask.kernels.threads import SHARE, in_threads, shares
 __all__ = ["Sweep", "gather", "handles", "insert", "scatter"]
 
 BLOCK = 1024  # scalars bounded at once
+GROWTH = 4096  # of what is looked at, from round to round at the most
 PART, FEW = 256, 32  # scalars of a block with candidates that are looked at together
 INDEX = (torch.int32, torch.int64)
 

@@ -25,6 +25,7 @@ BLOCK = 4096  # scalars that a program looks at: 16 for each of its threads
 PART = 512  # scalars of a block with candidates that are looked at together
 WARPS = 8
 FEW = 1024  # scalars that a program moves
+GROWTH = 96  # of what is looked at, from round to round at the most
 ROOM = 16  # candidates held on a GPU for each that a thread of a processor may hold
 LOG_SLACK = 0.0861  # the most that L(x) lies below log2(x)
 LOG_ROUNDING = 1e-4  # float32 rounding of keys and scores, per unit of (1 + |exp|), with room
