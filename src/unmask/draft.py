@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Draft:
         elif count:
             self.best = method.scope.selector(count, method.heuristic, slots.eligible, self.kept)
             if not method.heuristic.uses_gradient:  # so the choice is made before any is seen
-                self.best.offer(self._piece(k, None) for k in range(len(self._taken)))
+                self.best.offer(self._pieces(dict.fromkeys(range(len(self._taken)))))
                 chosen, _ = self._chosen()
                 self._enter(chosen)
                 self.best = None
@@ -92,7 +92,7 @@ class Draft:
             for k, gradient in gradients.items():
                 self._observe(k, gradient)
         if self.best is not None:
-            self.best.offer(self._piece(k, gradient) for k, gradient in gradients.items())
+            self.best.offer(self._pieces(gradients))
 
     def add(self, k: int, gradient: Tensor) -> None:
         """Add to the k-th tensor's kept scalars this part of their gradient."""
@@ -114,7 +114,7 @@ class Draft:
             for k in missing:
                 self._observe(k, None)
         if self.best is not None:
-            self.best.offer(self._piece(k, None) for k in missing)
+            self.best.offer(self._pieces(dict.fromkeys(missing)))
             chosen, gradient = self._chosen()
             change = self._enter(chosen)
             out[change.at(chosen)] = gradient.to(out.dtype)
@@ -148,16 +148,23 @@ class Draft:
             self.change = self.slots.extend(chosen)
         return self.change
 
-    def _piece(self, k: int, gradient: Tensor | None) -> Piece:
-        of, (start, stop) = self.slots.eligible, self.runs.get(k, (0, 0))
+    def _pieces(self, gradients: Mapping[int, Tensor | None]) -> Iterator[Piece]:
+        """These tensors as a selector wants them. Written for thousands of small ones."""
+        of, kept, runs = self.slots.eligible, self.kept, self.runs
+        names, offsets, tensors = of.names, of.offsets, of.tensors
         into = self.gradient if self._gathers else None
-        piece = Piece(
-            of.names[k], of.offsets[k], of.tensors[k], gradient, self.kept, start, stop, into
-        )
+        remembers = self._surveys or bool(self.notes or self.seen)
+        for k, gradient in gradients.items():
+            start, stop = runs.get(k, (0, 0))
+            seen = self._remembered(k, gradient) if remembers else None
+            yield Piece(names[k], offsets[k], tensors[k], gradient, kept, start, stop, into, seen)
+
+    def _remembered(self, k: int, gradient: Tensor | None) -> Tensor | None:
+        """What the heuristic keeps of a tensor, as a vector."""
         seen = self.notes[k] if k in self.notes else self.seen.get(k)
         if self._surveys:
             seen = self.method.heuristic.survey(seen, self._whole(k, gradient))
-        return piece if seen is None else piece._replace(seen=seen.reshape(-1))
+        return None if seen is None else seen.reshape(-1)
 
     def _observe(self, k: int, gradient: Tensor | None) -> None:
         """Let the heuristic note what it wants of a tensor's gradient."""

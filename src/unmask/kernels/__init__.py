@@ -70,28 +70,22 @@ def _shared_out(runs: list[Run], *vectors: Tensor) -> Iterator[tuple[ModuleType,
     if (compiled := compiled_for(*vectors)) is None or vectors[-1].dtype != torch.float32:
         yield reference, runs
         return
-    for module in (compiled, reference):
-        share = [
-            run
-            for run in runs
-            if (compiled_for(run.tensor, vectors[0]) is compiled) == (module is compiled)
-        ]
-        if share:
-            yield module, share
+    able, home = compiled.handles, vectors[0].device
+    shares: dict[ModuleType, list[Run]] = {compiled: [], reference: []}
+    for run in runs:
+        shares[compiled if able(run.tensor, home) else reference].append(run)
+    yield from ((module, share) for module, share in shares.items() if share)
 
 
 def compiled_for(*tensors: Tensor) -> ModuleType | None:
     """The module of compiled kernels that can work on these tensors where they lie, if any; on
     several GPUs at once none can."""
-    device = tensors[0].device
-    module = None
-    if device.type == "cpu":
-        module = _cpu()
-    elif device.type == "cuda":
-        module = _cuda()
+    home = tensors[0].device
+    module = _cpu() if home.type == "cpu" else _cuda() if home.type == "cuda" else None
     if module is not None:
-        for tensor in tensors:
-            if tensor.device != device or not module.handles(tensor):
+        able = module.handles
+        for tensor in tensors:  # a loop, as this is asked of every tensor at every step
+            if not able(tensor, home):
                 return None
     return module
 

@@ -40,12 +40,12 @@ __all__ = ["Sweep", "gather", "handles", "insert", "scatter"]
 BLOCK = 1024  # scalars bounded at once
 GROWTH = 4096  # of what is looked at, from round to round at the most
 PART, FEW = 256, 32  # scalars of a block with candidates that are looked at together
-INDEX = (torch.int32, torch.int64)
+HANDLED = frozenset([*HALF, torch.int32, torch.int64])
 
 
-def handles(tensor: Tensor) -> bool:
-    """Whether these kernels can work on the tensor where it lies."""
-    return (tensor.dtype in HALF or tensor.dtype in INDEX) and tensor.is_contiguous()
+def handles(tensor: Tensor, home: torch.device) -> bool:
+    """Whether these kernels can work on the tensor where it lies, with others on that device."""
+    return tensor.is_cpu and tensor.dtype in HANDLED and tensor.is_contiguous()
 
 
 class Sweep:
@@ -71,7 +71,7 @@ class Sweep:
     ) -> None:
         self._keep = (thetas, grads)  # alive as long as their addresses are used
         self._law = law
-        self._starts = np.array([0, *accumulate(t.numel() for t in thetas)], dtype=np.int64)
+        self._starts = np.array([0, *accumulate(map(Tensor.numel, thetas))], dtype=np.int64)
         self._offsets = np.array(offsets, dtype=np.int64)
         self._arrays = (
             *(self._starts, self._offsets),

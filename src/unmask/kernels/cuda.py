@@ -38,9 +38,10 @@ WIDE = {torch.int64: True, torch.int32: False}
 HOW = {"enable_fp_fusion": False}  # the arithmetic as written, on every device
 
 
-def handles(tensor: Tensor) -> bool:
-    """Whether these kernels can work on the tensor where it lies."""
-    return (tensor.dtype in KIND or tensor.dtype in WIDE) and tensor.is_contiguous()
+def handles(tensor: Tensor, home: torch.device) -> bool:
+    """Whether these kernels can work on the tensor where it lies, with others on that device."""
+    known = tensor.dtype in KIND or tensor.dtype in WIDE
+    return known and tensor.device == home and tensor.is_contiguous()
 
 
 def try_out(device: str) -> None:
