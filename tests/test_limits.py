@@ -581,6 +581,45 @@ def test_a_parameter_without_a_shape_is_refused() -> None:
         unmask.attach(Odd(lazy=True), unmask.id3(budget=3), steps=1)
 
 
+def test_parameters_that_share_memory_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
+    model[1].weight.data = model[0].weight.data
+    with pytest.raises(UnmaskError, match=r"'0.weight' and '1.weight' share memory"):
+        unmask.attach(model, unmask.id3(budget=3), steps=1)
+    model[1].weight = model[0].weight
+    unmask.attach(model, unmask.id3(budget=3), steps=1)
+
+
+def test_parts_of_one_memory_are_tensors_of_their_own() -> None:
+    model, whole = nn.Linear(4, 3), torch.randn(15)
+    model.weight.data, model.bias.data = whole[:12].view(3, 4), whole[12:]
+    unmask.attach(model, unmask.id3(budget=3), steps=1)
+
+
+def test_weights_that_forward_rescales_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0), nn.Linear(4, 2))
+    with pytest.raises(UnmaskError, match=r"'0\.weight' is rescaled at every forward pass"):
+        unmask.attach(model, unmask.id3(budget=3), steps=1)
+    unmask.attach(model, unmask.id3(budget=3), steps=1, exclude="0.*")
+
+
+def test_weights_of_eight_bits_are_passed_over() -> None:
+    model = nn.Linear(4, 2)
+    model.weight = nn.Parameter(model.weight.detach().to(torch.float8_e4m3fn))
+    assert unmask.attach(model, unmask.id3(budget=1.0), steps=1).budget == 2
+
+
+def test_a_compiled_model_has_the_names_of_its_own() -> None:
+    model = nn.Linear(4, 2)
+    compiled = torch.compile(model, backend="eager")
+    tuner = unmask.attach(compiled, unmask.id3(budget=10), steps=1)
+    optimizer = tuner.optimizer(torch.optim.SGD, lr=0.1)
+    compiled(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert set(tuner.selected()) == {"weight", "bias"}
+    tuner.detach().apply(model)
+
+
 def test_one_pattern_of_a_method_as_a_plain_string() -> None:
     method = unmask.Method(unmask.Gradient(), unmask.Static(), 9, include="*bias")  # type: ignore[arg-type]
     assert method.include == ("*bias",)

@@ -239,6 +239,28 @@ def test_linear_with_a_vector_for_its_weight_streams() -> None:
     compare(stack(Score(), nn.Tanh(), nn.Linear(5, 2)), numbers(4, 5, 6), streams=("0.weight",))
 
 
+class Columns(nn.Module):
+    """A bias for each row of the output, which functional.linear takes as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*can't be sampled:unmask.UnmaskWarning")
+def test_linear_with_a_bias_of_another_shape_streams() -> None:
+    compare(Columns, numbers(5, 6), streams=("weight", "bias"), budget=0.9)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 2), nn.Conv2d(3, 4, 2)])
+def test_convolution_of_nothing(layer: nn.Module) -> None:
+    shape = (0, 3, 5) if isinstance(layer, nn.Conv1d) else (0, 3, 5, 5)
+    compare(lambda: copy.deepcopy(layer), numbers(*shape), lambda output: output.sum())
+
+
 def test_convolution_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unmask.derivatives.PATCHES", 600)
     compare(stack(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh()), numbers(5, 3, 6, 6), budget=0.1)
@@ -338,6 +360,28 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     compare(lambda: Checkpointed(reentrant), numbers(4, 5, 6))
+
+
+class CheckpointsItself(nn.Module):
+    """A part of forward, with weights of the module's own, runs again in backward by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = (nn.Parameter(torch.randn(6, 6)) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.inner, x, use_reentrant=False))
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w) @ self.v
+
+
+@pytest.mark.filterwarnings("ignore:.*can't be sampled:unmask.UnmaskWarning")
+@pytest.mark.parametrize("shape", [(5, 6), (4, 5, 6)])
+def test_checkpointing_inside_of_a_module_streams(shape: tuple[int, ...]) -> None:
+    body = lambda: nn.Sequential(nn.Linear(6, 6), CheckpointsItself())  # noqa: E731
+    compare(body, numbers(*shape), streams=("1.w", "1.v"))
 
 
 class Odd(nn.Module):
@@ -580,6 +624,64 @@ def test_an_error_in_forward_leaves_the_parameters_in_place() -> None:
     with pytest.raises(RuntimeError):
         run.model(torch.randn(2, 99))
     assert all(type(p) is nn.Parameter for p in run.model.parameters())
+
+
+class Interrupted(nn.Module):
+    """A module whose forward is stopped from outside once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.stops = nn.Parameter(torch.randn(6, 6)), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stops:
+            raise KeyboardInterrupt
+        return x @ self.weight
+
+
+def test_an_interrupt_in_forward_and_detach_leave_the_parameters_in_place() -> None:
+    run = Run(lambda: nn.Sequential(nn.Linear(6, 6), Interrupted()), "sampled")
+    run.step(lambda model: squares(model(numbers(5, 6)(0))))
+    run.model[1].stops = True
+    with pytest.raises(KeyboardInterrupt):
+        run.model(numbers(5, 6)(1))
+    run.tuner.detach()
+    assert all(type(p) is nn.Parameter for p in run.model.parameters())
+
+
+class LooksAtItself(nn.Module):
+    """What modules do with a parameter besides operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.weight.gain = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight = self.weight
+        self.weight.calls = getattr(self.weight, "calls", 0) + 1
+        other = copy.deepcopy(self.weight).detach()
+        assert type(other) is Tensor or type(other) is nn.Parameter
+        gain = self.weight.gain if isinstance(self.weight, nn.Parameter) else 0.0
+        return F.linear(x, self.weight) * gain + other.sum()
+
+
+def test_a_module_that_looks_at_its_parameter_sees_the_parameter() -> None:
+    run = compare(LooksAtItself, numbers(5, 6))
+    assert run.model.weight.calls == 6
+    assert type(run.model.weight) is nn.Parameter
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_transforms_of_the_model_work_between_selections() -> None:
+    run = Run(Mlp, "sampled")
+    run.step(lambda model: MLP.loss(model, 0))
+    x = MLP.inputs(1)
+    expected = run.model(x)
+    torch.testing.assert_close(torch.func.vmap(run.model)(x), expected)
+    assert torch.func.jacrev(run.model)(x[0]).shape == (*expected[0].shape, *x[0].shape)
+    torch.testing.assert_close(torch.func.jvp(run.model, (x,), (x,))[0], expected)
+    torch.testing.assert_close(torch.jit.trace(run.model, x)(x), expected)
 
 
 def test_copies_are_models_of_their_own() -> None:

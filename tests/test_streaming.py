@@ -136,3 +136,33 @@ def test_checkpointed_layers() -> None:
 def test_mistakes(wrong: dict[str, Any]) -> None:
     with pytest.raises(unmask.UnmaskError, match=next(iter(wrong))):
         unmask.attach(Mlp(), unmask.id3(budget=2), steps=1, **wrong)
+
+
+class Both(nn.Module):
+    """A weight whose gradient is sparse in one pass and dense in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, sparse: bool) -> Tensor:
+        if sparse:
+            return nn.functional.embedding(torch.tensor([1, 1, 5]), self.weight, sparse=True).sum()
+        return self.weight.square().sum()
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True), (True, True)])
+def test_sparse_and_dense_gradients_of_one_weight_add_up(order: tuple[bool, bool]) -> None:
+    weights = []
+    for mode, given in (("dense", {}), ("streaming", {"accumulation": 2})):
+        model = Both()
+        tuner = unmask.attach(model, unmask.id3(budget=20), steps=2, gradients=mode, **given)
+        optimizer = tuner.optimizer(torch.optim.SGD, lr=0.1)
+        for _ in range(2):
+            for sparse in order:
+                model(sparse).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(model.weight)
+    assert torch.equal(*weights)

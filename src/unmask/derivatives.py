@@ -61,7 +61,9 @@ Rule = Callable[..., list[Role] | None]
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Role] | None:
     """dW[o, i] = Σ_t dY[t, o]·X[t, i]; db[o] = Σ_t dY[t, o]."""
-    return [Role(weight, _rows, (input,)), Role(bias, _sum)] if weight.dim() == 2 else None
+    if weight.dim() != 2 or (bias is not None and bias.dim() != 1):
+        return None
+    return [Role(weight, _rows, (input,)), Role(bias, _sum)]
 
 
 def addmm(
@@ -262,7 +264,7 @@ def _patchwise(
         unfolded = some.as_strided(
             (x.shape[1], *kernel, len(some), *places), (channel, *within, sample, *between),
             some.storage_offset(),
-        ).reshape(-1, len(some) * math.prod(places))  # fmt: skip
+        ).reshape(x.shape[1] * math.prod(kernel), len(some) * math.prod(places))  # fmt: skip
         left = d.transpose(0, 1).flatten(1)
         total += product(left, unfolded, at.grouped(groups), along=1)
     return total

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from unmask.errors import UnmaskError
+from unmask.sparse import FLOATS
 
 Patterns = str | Sequence[str]
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 INSTEAD = (
     "a quantised weight has none to choose from: train LoRA's scalars over it, "
     "attach(peft.get_peft_model(model, LoraConfig()), ...), or load it unquantised, in bfloat16"
@@ -132,12 +134,43 @@ def find(
             f"(requires_grad=False), {len(whole)} trained fully; widen include=, narrow exclude= "
             "or unfreeze some" + ("" if all(map(is_plain, everything.values())) else f"; {INSTEAD}")
         )
+    _check_apart({**whole, **chosen})
+    _check_still(model, chosen)
     return Eligible(chosen), whole
+
+
+def _check_apart(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that share memory: a scalar of one would be masked, and trained as the
+    other's."""
+    spans = []
+    for name, p in parameters.items():
+        if p.numel() and p.layout == torch.strided:
+            reach = sum((n - 1) * step for n, step in zip(p.shape, p.stride(), strict=True)) + 1
+            start = p.data_ptr()
+            spans.append((str(p.device), start, start + reach * p.element_size(), name))
+    for (device, _, end, name), (other, start, _, later) in pairwise(sorted(spans)):
+        if device == other and start < end:
+            raise UnmaskError(
+                f"{name!r} and {later!r} share memory but are two parameters; tie them by giving "
+                "both modules the one parameter, or clone the data of one"
+            )
+
+
+def _check_still(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+    """Refuse weights that their module's forward changes by itself."""
+    names = {id(parameter): name for name, parameter in chosen.items()}
+    for module in model.modules():
+        rescaled = isinstance(module, EMBEDDINGS) and module.max_norm is not None
+        if rescaled and (name := names.get(id(module.weight))):
+            raise UnmaskError(
+                f"{name!r} is rescaled at every forward pass (max_norm={module.max_norm}), "
+                "masked scalars and all; set max_norm=None, or exclude it"
+            )
 
 
 def is_plain(parameter: Tensor) -> bool:
     """Whether its scalars lie in memory as numbers, one by one: not quantised, not sharded."""
-    if not parameter.is_floating_point():
+    if parameter.dtype not in FLOATS:
         return False
     return is_lazy(parameter) or type(parameter.detach()) is Tensor
 

@@ -145,10 +145,13 @@ class Intake:
             raise UnmaskError(
                 f"backward pass {self._rounds[k]} since the last step, but this run streams with "
                 f"accumulation={self.accumulation}; give attach(..., accumulation=) the number of "
-                "backward passes a step, or gradients='dense'"
+                "backward passes a step, or gradients='dense'. (Checkpointing with "
+                "use_reentrant=True passes once for each segment that uses a weight: take False)"
             )
         if k in self._held:
-            gradient = self._held.pop(k).add_(gradient)
+            held = self._held.pop(k)
+            into, other = (gradient, held) if held.is_sparse else (held, gradient)
+            gradient = into.add_(other)  # a dense one takes both kinds
         if self._draft is None and self.bad is None:
             self._draft = self._begin()
         choosing = self._draft is not None and self._draft.needs_sums

@@ -9,16 +9,24 @@ others do with the parameter outside of its module: those gradients come by stre
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import checkpoint
 
 from unmask.derivatives import RULES, At, Role
 from unmask.errors import UnmaskError
 from unmask.intake import LATE, Intake
 from unmask.slots import Slots
+
+OWN = ("sampler", "parameter", "place")  # a stand-in's own attributes
+CALL = nn.Module._call_impl.__code__
 
 
 class _Part(NamedTuple):
@@ -43,7 +51,7 @@ class Sampler:
         """Stand in for the model's eligible parameters from now on; returns what ends that."""
         tensors = self._slots.eligible.tensors
         places = {id(parameter): k for k, parameter in enumerate(tensors)}
-        handles = []
+        ends: list[Callable[[], None]] = []
         for module in model.modules():
             own = [
                 (name, parameter, places[id(parameter)])
@@ -52,12 +60,13 @@ class Sampler:
             ]
             if own and not isinstance(module, torch.jit.ScriptModule):
                 before, after = Hook(self._stand_in, own), Hook(_restore, own)
-                handles.append(module.register_forward_pre_hook(before))
-                handles.append(module.register_forward_hook(after, always_call=True))
-        return [handle.remove for handle in handles]
+                ends.append(partial(_restore, module, own))  # after an interrupt no hook has
+                ends.append(module.register_forward_pre_hook(before).remove)
+                ends.append(module.register_forward_hook(after, always_call=True).remove)
+        return ends
 
     def _stand_in(self, module: nn.Module, own: Own) -> None:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._settled():
+        if not torch.is_grad_enabled() or _transformed() or not self._settled():
             return
         for name, parameter, place in own:
             here = module._parameters.get(name) is parameter  # this is no copy, no functional_call
@@ -115,20 +124,56 @@ Own = list[tuple[str, nn.Parameter, int]]  # a module's own parameters, with the
 
 
 class _StandIn(Tensor):
-    """A parameter for the time of its module's forward."""
+    """A parameter for the time of its module's forward; whoever looks at it sees the parameter."""
 
     sampler: Sampler
     parameter: nn.Parameter
     place: int
+    _is_param = True  # what isinstance(..., nn.Parameter) goes by
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OWN:
+            raise AttributeError(name)
+        return getattr(self.parameter, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.parameter, name, value)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return deepcopy(self.parameter, memo)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = all(kind in (cls, Tensor, nn.Parameter) for kind in types)
         roles = _roles(func, args, kwargs) if known else []
-        if roles:
+        if roles and not _checkpointed():
             return roles[0].operand.sampler.run(func, args, kwargs, roles)
         return func(*_with(args, _itself), **_with(kwargs, _itself))
+
+
+def _transformed() -> bool:
+    """Whether torch is looking at the model's operations rather than running them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def _checkpointed() -> bool:
+    """Whether the module at work runs this part of its forward under `checkpoint`, which in
+    backward runs it again by itself: then it meets parameters, and would have to find the same."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code is not CALL:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _roles(function: Any, args: Any, kwargs: Any) -> list[Role]:

@@ -20,6 +20,7 @@ from unmask.errors import UnmaskError
 from unmask.kernels.swap import Move
 
 __all__ = [
+    "FLOATS",
     "Sparse",
     "bits",
     "blank",
@@ -32,7 +33,7 @@ __all__ = [
 
 # Values travel as integers of their width: then no float rule can touch a NaN's payload or a -0.0.
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class Sparse:
         object.__setattr__(self, "shape", tuple(self.shape))
         for part in ("indices", "values"):
             object.__setattr__(self, part, getattr(self, part).detach().cpu().contiguous())
-        if self.values.dtype not in _FLOATS:
+        if self.values.dtype not in FLOATS:
             raise UnmaskError(f"values are {describe(self.values)}, not 16 to 64-bit floats")
         if self.indices.dtype != torch.int64 or self.indices.ndim != 1:
             raise UnmaskError(f"indices are {describe(self.indices)}, not an int64 vector")

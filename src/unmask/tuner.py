@@ -69,6 +69,7 @@ def attach(
         raise UnmaskError(
             f"attach() was given {method!r} for its method; give unmask.id3(budget=...), say"
         )
+    model = getattr(model, "_orig_mod", model)  # what torch.compile() wraps; names are the model's
     check_unwrapped(model)
     eligible, full = find(model, include, exclude, train_fully)
     if method.include != ("*",):

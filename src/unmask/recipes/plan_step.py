@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import UnmaskError
+from unmask.intake import TOGETHER
 from unmask.methods import Method
 from unmask.recipes import plan_model
 from unmask.recipes.plan_blank import Answers, Fused
@@ -29,7 +30,6 @@ SLOT = 4 + 4 + 4 + 4 + 4
 # next table; for each scalar that it chooses the candidates, twice as many, and their sorting.
 TABLE, CANDIDATE = 12, 108
 WORKSPACE = 1 << 20  # blocks of scores in the making, however large the model
-TOGETHER = 1 << 21  # scalars whose gradients wait for each other, with `streaming`
 
 
 @dataclass(frozen=True)
