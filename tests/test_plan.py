@@ -64,7 +64,15 @@ TINY_BART = transformers.BartConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [bert(), TINY_T5, TINY_BART], ids=lambda c: c.model_type)
+TINY_FALCON = transformers.FalconConfig(  # whose attention has one head of keys
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=200, pad_token_id=0,
+    use_cache=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config", [bert(), TINY_T5, TINY_BART, TINY_FALCON], ids=lambda c: c.model_type
+)
 def test_activations_are_what_autograd_saves(config):
     """Against the tensors that a real forward pass keeps for its backward."""
     config.decoder_start_token_id = 0
@@ -137,6 +145,12 @@ def test_fused_attention_keeps_no_matrix():
     assert slow.activations > 1.5 * fused.activations
     without = rows(bert(attention_probs_dropout_prob=0.0), **size)["dense"]
     assert without.activations == pytest.approx(fused.activations, rel=0.05)
+
+
+def test_attention_with_one_head_of_keys_is_not_fused():
+    heads, length = 2 * TINY_FALCON.num_attention_heads, 256  # of two layers
+    found = rows(TINY_FALCON, sequence_length=length)["full"]
+    assert found.activations > 4 * heads * length * length * 4  # rows, bytes
 
 
 @pytest.mark.parametrize(
@@ -218,6 +232,17 @@ def test_inside_other_methods(peft, scalars):
 def test_a_model_without_linear_layers_has_no_row_for_lora():
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
     assert "lora" not in rows(config)
+
+
+def test_a_model_that_lora_is_refused_on_has_no_row_for_it():
+    config = transformers.MambaConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=1, pad_token_id=0
+    )
+    assert set(rows(config)) == set(MODES) - {"lora"}
+
+
+def test_lora_goes_on_subclasses_of_linear_layers():
+    assert set(rows(TINY_FALCON)) == set(MODES)
 
 
 def test_what_fits():

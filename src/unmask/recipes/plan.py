@@ -74,7 +74,8 @@ def plan(
 ) -> Plan:
     """Memory of a training step with AdamW for each of MODES, from the model's config alone.
 
-    The model has a new head, as `unmask train` gives it. No row for LoRA without PEFT.
+    The model has a new head, as `unmask train` gives it. No row for LoRA where PEFT isn't there or
+    refuses the model.
 
     model     a folder with a config.json, a hub id, or a config of transformers
     device    one of DEVICES: where training will run, which decides how attention is computed

@@ -84,7 +84,11 @@ class Fused(TorchFunctionMode):
         named |= given
         mask = named.get("attn_mask")
         learned = mask is not None and mask.requires_grad
-        if self.device == "cpu" and (named.get("dropout_p") or learned):
+        uneven = named["query"].shape[:-2] != named["key"].shape[:-2] and not named.get(
+            "enable_gqa"
+        )
+        # Not fused: one head of keys beside many of queries; on a CPU, dropout and learned biases.
+        if uneven or (self.device == "cpu" and (named.get("dropout_p") or learned)):
             return func(*args, **given)
         return _Attention.apply(*(named[n] for n in ("query", "key", "value")))  # type: ignore[no-untyped-call]
 

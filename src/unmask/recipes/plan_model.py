@@ -113,14 +113,23 @@ def with_lora(model: Any) -> Any:
 
 
 def can_lora(model: Any) -> bool:
-    """Whether PEFT is there, and a layer to put it on."""
-    return find_spec("peft") is not None and bool(_linear(model, head(model)))
+    """Whether PEFT is there, and puts it on this model's linear layers. Changes the model."""
+    if find_spec("peft") is None or not _linear(model, head(model)):
+        return False
+    try:
+        with_lora(model)
+    except ValueError:  # Mamba's layers, for one, it refuses
+        return False
+    return True
 
 
 def _linear(model: Any, head: set[str]) -> list[str]:
     """The layers that LoRA is put on: every linear one but the head's."""
-    kinds = "Linear", "Conv1D"
-    layers = [n for n, m in model.named_modules() if type(m).__name__ in kinds]
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's
+    ]
     return [name for name in layers if f"{name}.weight" not in head]
 
 
