@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from unmask.kernels import Run, compiled_for, gather
 
 RUN = 1 << 20  # scalars scored at once in plain torch
 FEW = 1 << 16  # candidates that one thread of a sweep may hold, at the least
-MANY = 1 << 20  # and at the most
+MANY = 1 << 18  # and at the most
 
 
 class NonFinite(Exception):
@@ -94,10 +95,14 @@ class TopK:
 
     def _all(self) -> tuple[Tensor, ...]:
         """The candidates, as one."""
-        found = [parts for parts in self._found if len(parts[0])] or self._found
-        if len(found) > 1:
-            found = [tuple(torch.cat(parts) for parts in zip(*found, strict=True))]
-        return found[0]
+        found = [parts for parts in self._found if len(parts[0])] or self._found[:1]
+        columns, joined = list(zip(*found, strict=True)), []
+        self._found, found = [], []
+        while columns:  # a column's parts go when they are joined: there may be millions
+            parts = columns.pop(0)
+            joined.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+        self._found = [tuple(joined)]
+        return self._found[0]
 
     def _sweep(self, pieces: list[Piece], law: tuple[float, float]) -> None:
         """Let compiled code find what could win, then score only that."""
@@ -144,7 +149,7 @@ class TopK:
         left_out = total // (4 * max(FEW, self.count))
         rounds = 0
         if self.threshold == -math.inf and left_out > 1:
-            most = max(8, min(growth, 4 * MANY // self.count))
+            most = max(8, min(growth, 16 * MANY // self.count))
             rounds = math.ceil(math.log(left_out, most))
         growth = int(left_out ** (1 / max(1, rounds))) | 1  # odd, as rows' lengths are even
         but = 0
@@ -191,14 +196,28 @@ class TopK:
         """If more than `room` candidates are held, keep the best `count`, raise the threshold."""
         if sum(len(index) for _, index, _ in self._found) <= room:
             return
-        score, index, grad = self._all()
-        self.threshold = float(score.kthvalue(len(score) - self.count + 1).values)
-        best = (score >= self.threshold).nonzero().squeeze(1)
-        if len(best) > self.count:  # of equals, the first
-            best = best[ranked(score[best], index[best])[: self.count]]
-        self._found = [tuple(x.index_select(0, best) for x in (score, index, grad))]
+        columns = [*self._all()]
+        self._found, (score, index, _) = [], columns
+        self.threshold = _highest(score, self.count)
+        equal = (score == self.threshold).nonzero().squeeze(1)
+        best = (score > self.threshold).nonzero().squeeze(1)
+        equal = equal[index[equal].argsort()[: self.count - len(best)]]  # of equals, the first
         if self.threshold == 0.0:
-            self.last = int(index[best][score[best] == 0.0].max())
+            self.last = int(index[equal].max())
+        best = torch.cat([best, equal])
+        del score, index
+        for i, column in enumerate(columns):
+            columns[i] = column.index_select(0, best)
+            del column
+        self._found = [tuple(columns)]
+
+
+def _highest(score: Tensor, count: int) -> float:
+    """The `count`-th highest."""
+    place = len(score) - count
+    if score.is_cpu:  # in a third of the memory that torch takes
+        return float(np.partition(score.numpy(), place)[place])
+    return float(score.kthvalue(place + 1).values)
 
 
 def _gather(piece: Piece) -> None:

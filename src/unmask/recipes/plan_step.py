@@ -26,9 +26,9 @@ PARTS = ("weights", "gradients", "optimizer", "selection", "activations")
 STEPS = 1000  # of a run, as far as a step's share of the budget depends on it
 # Bytes that a slot takes for the whole run: value, its gradient and its base, two int32 to find it.
 SLOT = 4 + 4 + 4 + 4 + 4
-# What a step adds while it lasts, as measured: for each slot its gradient in the making and the
-# next table; for each scalar that it chooses the candidates, twice as many, and their sorting.
-TABLE, CANDIDATE = 12, 108
+# What a step adds while it lasts, as measured: for each slot its gradient in the making; for each
+# scalar that it chooses the candidates, twice as many, and their sorting.
+MAKING, CANDIDATE = 4, 56
 WORKSPACE = 1 << 20  # blocks of scores in the making, however large the model
 
 
@@ -181,7 +181,7 @@ class Step:
             values = self._held[1]
             values.grad = torch.empty_like(values)
             choosing = _bytes(CANDIDATE, count), _bytes(1, WORKSPACE if count else 0)
-            return choosing, _bytes(TABLE, self.budget)
+            return choosing, _bytes(MAKING, self.budget)
 
 
 def _bytes(each: int, count: int) -> Tensor:
