@@ -40,11 +40,14 @@ def _step(data: Mapping[str, Any]) -> dict[str, Any]:
     axes.set(yscale="log", ylabel="ms", title="One step, gradients given")
     flat, axes_ = _figure()
     for fused, colour in ((False, THEIRS), (True, OURS)):
-        axes_.plot(
-            [one["budget"] for one in data["budgets"] if one["fused"] == fused],
-            [one["to_read"] for one in data["budgets"] if one["fused"] == fused],
-            "o-", color=colour, label="fused AdamW" if fused else "default AdamW",
-        )  # fmt: skip
+        for rests, line in ((False, "o-"), (True, "o:")):
+            which = [b for b in data["budgets"] if (b["fused"], b["rests"]) == (fused, rests)]
+            axes_.plot(
+                [one["budget"] for one in which],
+                [one["to_read"] for one in which],
+                line, color=colour, label=("fused" if fused else "default") + " AdamW"
+                + (", choosing nothing" if rests else ""),
+            )  # fmt: skip
     axes_.set(
         xscale="log", ylim=0, xlabel="budget", ylabel="time / one read", title="Against the budget"
     )
