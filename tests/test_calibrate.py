@@ -217,6 +217,8 @@ def test_refused() -> None:
 
     with pytest.raises(UnmaskError, match=r"Fisher needs data before training.*calibration="):
         attach(None)
+    with pytest.raises(UnmaskError, match="calibration=3; give an iterable"):
+        attach(3)
     with pytest.raises(UnmaskError, match="without a single batch"):
         attach(iter([]))
     with pytest.raises(UnmaskError, match="no loss can be had"):

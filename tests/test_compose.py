@@ -232,6 +232,10 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path):
         ({"deltas": []}, "no delta"),
         ({"weights": [1, 2]}, "as many"),
         ({"weights": [float("nan")]}, "finite"),
+        ({"weights": ["a"]}, "finite"),
+        ({"weights": [None]}, "finite"),
+        ({"deltas": [1]}, "1 is no delta"),
+        ({"deltas": delta}, "a list of deltas"),
         ({"conflicts": "mean"}, "sum, last, ties"),
         ({"keep": 0.5}, "for conflicts='ties'"),
         ({"keep": 0, "conflicts": "ties"}, "share"),
@@ -239,6 +243,14 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path):
     ):
         with pytest.raises(UnmaskError, match=message):
             compose(**({"deltas": [delta], "model": model} | arguments))
+    for wrong in (
+        lambda: overlap(delta, "x"),
+        lambda: distance(delta, None, model),
+        lambda: subtract(delta, 3, model),
+        lambda: intersect(delta, "x", model=model),
+    ):
+        with pytest.raises(UnmaskError, match="is no delta"):
+            wrong()
     other = Delta({"0.weight": Sparse((1, 30), torch.tensor([0]), torch.ones(1))}, base="0" * 64)
     with pytest.raises(UnmaskError, match="different bases"):
         overlap(delta, other)

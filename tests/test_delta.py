@@ -339,9 +339,26 @@ def test_missing_files_and_bad_paths_are_refused(tmp_path: Path):
     (network_delta().save(tmp_path / "d") / sealed.WEIGHTS).unlink()
     with pytest.raises(UnmaskError, match=sealed.WEIGHTS):
         Delta.load(tmp_path / "d")
+    for path in (3, None):
+        with pytest.raises(UnmaskError, match=f"{path} is no path"):
+            Delta.load(path)
+        with pytest.raises(UnmaskError, match=f"{path} is no path"):
+            network_delta().save(path)
+    with pytest.raises(UnmaskError, match="can't write"):
+        network_delta().save(tmp_path / "a\0b")
     (tmp_path / "file").touch()
     with pytest.raises(UnmaskError, match="can't write"):
         network_delta().save(tmp_path / "file")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes in a directory are POSIX's")
+@pytest.mark.parametrize("name", [sealed.CONFIG, sealed.WEIGHTS])
+def test_a_pipe_is_no_file_to_wait_for(name: str, tmp_path: Path):
+    folder = network_delta().save(tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UnmaskError, match=f"{name}' is no file"):
+        Delta.load(folder)
 
 
 def test_a_failed_save_keeps_the_old_delta(tmp_path: Path, monkeypatch):
@@ -353,6 +370,46 @@ def test_a_failed_save_keeps_the_old_delta(tmp_path: Path, monkeypatch):
             replace(delta, info={}).save(tmp_path)
     assert Delta.load(tmp_path) == delta
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["first", "over another"])
+@pytest.mark.parametrize("swept", [False, True], ids=["killed", "stopped"])
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_save_that_is_cut_off_leaves_the_old_delta_or_the_new(
+    count: int, swept: bool, over: bool, tmp_path: Path, monkeypatch
+):
+    """After so many renames; by a signal that lets Python clean up, or by one that doesn't."""
+    old, new, rename, done = network_delta(), network_delta(torch.bfloat16), os.replace, []
+
+    def stopping(*paths: Path) -> None:
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(rename(*paths))
+
+    if over:
+        old.save(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stopping)
+        if not swept:
+            patch.setattr(Path, "unlink", lambda *_, **__: None)
+        new.save(tmp_path)
+    if over or count:
+        assert Delta.load(tmp_path) == (new if count else old)
+    else:
+        with pytest.raises(UnmaskError, match="no delta at"):
+            Delta.load(tmp_path)
+    assert Delta.load(old.save(tmp_path)) == old
+    safetensors.torch.load_file(tmp_path / sealed.WEIGHTS)
+
+
+def test_a_left_over_of_another_save_is_passed_over(tmp_path: Path):
+    delta = network_delta()
+    left = delta.save(tmp_path) / f".{sealed.WEIGHTS}.01234567.tmp"
+    left.write_bytes(b"half")
+    assert Delta.load(tmp_path) == delta
+    (tmp_path / sealed.WEIGHTS).write_bytes(b"damaged")
+    with pytest.raises(UnmaskError, match="checksum"):
+        Delta.load(tmp_path)
 
 
 def test_wide_tensors_have_wide_indices(tmp_path: Path):
@@ -411,6 +468,17 @@ def test_an_unfit_model_is_refused_untouched(change, message: str):
     with pytest.raises(UnmaskError, match=message):
         network_delta().apply(model)
     assert frozen is True or state(model) == frozen
+
+
+def test_what_is_no_model_and_no_undo_is_refused():
+    for model in ("x", None, network):
+        for delta in (network_delta(), Delta({}, base=fingerprint({}))):
+            with pytest.raises(UnmaskError, match=r"of a torch\.nn\.Module, not of"):
+                delta.apply(model)
+    model = network()
+    with pytest.raises(UnmaskError, match="instead_of='x'"):
+        network_delta().apply(model, instead_of="x")
+    assert state(model) == state(network())
 
 
 def test_a_zero_of_the_other_sign_is_another_base():
@@ -558,6 +626,7 @@ def test_writing_is_noticed_by_autograd():
     "make",
     [
         lambda: Delta({}, base="abc"),
+        lambda: Delta({}, base=3),
         lambda: Delta({}, base="0" * 64, info={"x": float("nan")}),
         lambda: Delta({}, base="0" * 64, info={"x": {1}}),
         lambda: Delta({}, {"\ud800": torch.ones(1)}, base="0" * 64),

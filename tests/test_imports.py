@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent / "src" / "unmask"
 # A module imports only from modules above it. A new module has to find its place here.
 ORDER = [
     "errors",
+    "part",
     "allot",
     "eligible",
     "batches",
@@ -32,6 +33,7 @@ ORDER = [
     "units",
     "method",
     "methods",
+    "states",
     "slots",
     "draft",
     "intake",
@@ -73,6 +75,7 @@ MACHINE = {
 RIM = ("integrations", "recipes", "analysis", "screens", "cli", "__main__")
 LIGHT = {  # what each of the lowest modules needs besides the standard library
     "errors": set(),
+    "part": set(),
     "allot": set(),
     "schedules": set(),
     "strategies": set(),

@@ -477,6 +477,21 @@ def test_nothing_to_train() -> None:
         unmask.attach(frozen, unmask.id3(budget=1), steps=1)
 
 
+def test_an_optimiser_after_detach() -> None:
+    """It would train nothing, without a word."""
+    tuner = unmask.attach(MLP.build(), unmask.id3(budget=9), steps=2)
+    tuner.detach()
+    with pytest.raises(UnmaskError, match=r"off its model.*attach\(\)"):
+        tuner.optimizer(torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("loss", ["x", None, torch.ones(2)], ids=str)
+def test_a_report_that_is_no_loss(loss: Any) -> None:
+    tuner = unmask.attach(MLP.build(), unmask.id3(budget=9), steps=2)
+    with pytest.raises(UnmaskError, match=r"report\(\) was given .* one number"):
+        tuner.report(loss)
+
+
 def test_not_a_model_not_a_method() -> None:
     with pytest.raises(UnmaskError):
         unmask.attach([1, 2], unmask.id3(budget=1), steps=1)  # type: ignore[arg-type]

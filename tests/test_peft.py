@@ -520,6 +520,32 @@ def test_another_base_is_noticed(trained: Any) -> None:
     torch.testing.assert_close(logits(half).float(), trained[2], rtol=0.1, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda index: index.index_fill(0, torch.tensor([0]), -7), "damaged"),
+        (lambda index: index.index_fill(0, torch.tensor([0]), int(index[1])), "damaged"),
+        (lambda index: index.index_fill(0, torch.tensor([0]), 10**6), "another model"),
+    ],
+    ids=["negative", "twice", "too high"],
+)
+@pytest.mark.parametrize("whole", [False, True], ids=["file", "state dict"])
+def test_a_damaged_adapter_is_refused(trained: Any, damage: Any, message: str, whole: bool) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, out, _ = trained
+    file = Path(out, "adapter_model.safetensors")
+    tensors = model.state_dict() if whole else load_file(file)
+    key = next(key for key in tensors if "unmask_indices" in key)
+    tensors[key] = damage(tensors[key])
+    with pytest.raises(unmask.UnmaskError, match=message):
+        if whole:
+            wrapped().load_state_dict(tensors)
+        else:
+            save_file(tensors, file)
+            PeftModel.from_pretrained(bert(), out)
+
+
 def test_the_whole_state_dict_loads_too(trained: Any) -> None:
     model, _, expected = trained
     again = wrapped()

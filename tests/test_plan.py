@@ -11,8 +11,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import unmask
+from unmask import derivatives, intake
 from unmask.cli import app
 from unmask.recipes.plan import MODES, PARTS, parse_memory, plan
+from unmask.recipes.plan_blank import SAMPLED
 from unmask.recipes.plan_meter import Meter
 from unmask.recipes.plan_step import TOGETHER
 
@@ -180,6 +182,11 @@ def test_other_architectures(config):
     assert found["dense"].optimizer < found["full"].optimizer
     assert found["streaming"].gradients < found["dense"].gradients
     assert "lora" in found
+
+
+def test_what_is_known_of_the_modes_is_so():
+    assert set(SAMPLED) == set(derivatives.RULES)
+    assert TOGETHER == intake.TOGETHER
 
 
 def test_steps_between_selections():

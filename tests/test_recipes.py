@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -400,6 +402,17 @@ def test_measuring_draws_nothing_from_the_run() -> None:
     with random_state_kept():
         torch.rand(5)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_measuring_that_fails_draws_nothing_either() -> None:
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with pytest.raises(KeyboardInterrupt), random_state_kept():
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        raise KeyboardInterrupt
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert after == states
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

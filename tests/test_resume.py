@@ -240,3 +240,80 @@ def test_a_state_for_something_else_is_refused_whole(state: Callable[[], dict[st
     assert_same_state(snapshot(run.model), before[0])
     assert same_tree(run.tuner.state_dict(), before[1])
     run.train(2, 2).assert_equal(Run(MLP).train(0, 4))
+
+
+def with_slots(state: dict[str, Any], name: str, at: int | None, value: Any) -> dict[str, Any]:
+    """The state with another part in its table, or with another entry in one."""
+    slots = copy.deepcopy(state["slots"])
+    if at is None:
+        slots[name] = value(slots[name])
+    else:
+        slots[name][at] = value
+    return {**state, "slots": slots}
+
+
+NOTHING = torch.empty(0, dtype=torch.int32)
+DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "nothing": lambda state: None,
+    "a list": lambda state: list(state),
+    "a table without parts": lambda state: {**state, "slots": {}},
+    "too high": lambda state: with_slots(state, "index", -1, 2**31 - 5),
+    "negative": lambda state: with_slots(state, "index", 0, -5_000_000),
+    "beyond int32": lambda state: with_slots(state, "index", None, lambda t: t.long() + 2**32),
+    "unsorted": lambda state: with_slots(state, "index", None, lambda t: t.flip(0)),
+    "not whole": lambda state: with_slots(state, "index", None, lambda t: t.float()),
+    "of two dimensions": lambda state: with_slots(state, "index", None, lambda t: t[None]),
+    "far position": lambda state: with_slots(state, "position", 0, 10**8),
+    "negative position": lambda state: with_slots(state, "position", 0, -1),
+    "position twice": lambda state: with_slots(state, "position", 0, 1),
+    "few positions": lambda state: with_slots(state, "position", None, lambda t: t[1:]),
+    "few values": lambda state: with_slots(state, "values", None, lambda t: t[:3]),
+    "half values": lambda state: with_slots(state, "values", None, lambda t: t.half()),
+    "few of the base": lambda state: with_slots(state, "base", None, lambda t: t[:3]),
+    "no number": lambda state: with_slots(state, "base", None, lambda t: None),
+    "few of the retired": lambda state: with_slots(state, "retired", None, lambda t: t[1:]),
+    "retired and current": lambda state: with_slots(
+        state, "retired", 0, state["slots"]["index"].min()
+    ),
+    "too many handed out": lambda state: with_slots(state, "handed_out", None, lambda t: t + 99),
+    "too few handed out": lambda state: with_slots(state, "handed_out", None, lambda t: t - 1),
+    "no count handed out": lambda state: with_slots(state, "handed_out", None, lambda t: NOTHING),
+    **{f"{key} is None": lambda state, key=key: {**state, key: None}  # type: ignore[misc]
+       for key in ("step", "updates", "slots", "seen", "heard", "whole", "whole_base")},
+    "half a step": lambda state: {**state, "step": 1.5},
+    "step back": lambda state: {**state, "step": -1},
+    "true updates": lambda state: {**state, "updates": True},
+    "heard words": lambda state: {**state, "heard": ["1.0"]},
+    "seen elsewhere": lambda state: {**state, "seen": {"x": torch.ones(1)}},
+    "seen no tensor": lambda state: {**state, "seen": {"first.weight": 1}},
+    "no head": lambda state: {**state, "whole": {}},
+    "no head's base": lambda state: {**state, "whole_base": {}},
+    "an old base of the head": lambda state: {
+        **state, "whole_base": {n: t.double() for n, t in state["whole_base"].items()}
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_refused_whole(damage: str) -> None:
+    make = METHODS["repeat"]  # which retires scalars
+    state = Run(MLP, make, train_fully=HEAD).train(0, 3).tuner.state_dict()
+    assert len(state["slots"]["retired"]) > 1
+    run = Run(MLP, make, train_fully=HEAD).train(0, 2)
+    before = (snapshot(run.model), copy.deepcopy(run.tuner.state_dict()))
+    with pytest.raises(unmask.UnmaskError):
+        run.tuner.load_state_dict(DAMAGE[damage](state))
+    assert_same_state(snapshot(run.model), before[0])
+    assert same_tree(run.tuner.state_dict(), before[1])
+    run.tuner.load_state_dict(state)
+
+
+def test_steps_of_a_damaged_state() -> None:
+    """Where the run doesn't know them, the state's are taken over."""
+    state = {**Run(MLP).train(0, 3).tuner.state_dict()}
+    tuner = unmask.attach(MLP.build(), METHODS["id3"]())
+    for steps in ("7", 0, 2.5, True):
+        with pytest.raises(unmask.UnmaskError, match=r"steps=.* is no count"):
+            tuner.load_state_dict({**state, "steps": steps})
+    tuner.load_state_dict(state)
+    assert tuner.steps == 7

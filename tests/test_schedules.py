@@ -154,7 +154,6 @@ def test_a_falling_loss_goes_by_the_clock_and_a_flat_one_ahead() -> None:
     flat = heard(schedule, [1.0] * 11)
     assert [falling.target(t, 100, 100) for t in (1, 39, 40, 60, 100)] == [20, 20, 40, 60, 100]
     assert flat.target(12, 100, 100) == 60  # 1 + two waits of four after a best each
-    assert heard(schedule, [math.nan] * 100).target(50, 100, 100) == 100
 
 
 def test_plateau_in_a_run_and_through_a_checkpoint() -> None:
@@ -200,3 +199,12 @@ def test_a_curve_that_gives_no_number_is_refused(share: float) -> None:
 def test_a_first_loss_that_is_no_number_is_no_best() -> None:
     schedule = unmask.Plateau(parts=5, patience=3)
     assert heard(schedule, [math.nan, 5.0, 4.0, 3.0, 2.0, 1.0]).target(7, 100, 100) == 20
+
+
+def test_losses_that_are_no_numbers_say_nothing() -> None:
+    schedule = unmask.Plateau(parts=5, patience=4)
+    assert heard(schedule, [math.nan] * 100) == schedule
+    losses = [1.0, 0.9, 0.95, 0.91, 0.92]
+    assert heard(schedule, [x for loss in losses for x in (loss, math.nan)]) == heard(
+        schedule, losses
+    )

@@ -38,10 +38,13 @@ def compose(
     changes that have it. What only one delta changes, at weight 1, keeps its very bits. Tensors
     stored whole have no base to add to: the last delta's stays.
     """
-    deltas = list(deltas)
+    deltas = _checked(deltas)
     if not deltas:
         raise UnmaskError("compose() was given no delta; give it one or more")
-    factors = [1.0] * len(deltas) if weights is None else [float(w) for w in weights]
+    try:
+        factors = [1.0] * len(deltas) if weights is None else [float(w) for w in weights]
+    except (TypeError, ValueError):
+        factors = []
     if len(factors) != len(deltas) or not all(map(math.isfinite, factors)):
         raise UnmaskError(f"{len(deltas)} deltas need as many finite weights, not {weights!r}")
     if conflicts not in _MERGES:
@@ -73,12 +76,14 @@ def compose(
 
 def subtract(delta: Delta, other: Delta, model: nn.Module) -> Delta:
     """The delta without what the other learned: base + (delta - base) - (other - base)."""
+    _checked([delta, other])
     whole = Delta(other.sparse, base=other.base, info=other.info)
     return compose([delta, whole], model, weights=(1, -1))
 
 
 def intersect(delta: Delta, *others: Delta, model: nn.Module) -> Delta:
     """The delta at those positions alone that all the others change as well."""
+    _checked([delta, *others])
     before, sparse = {}, {}
     for other in others:
         other.verify(model)
@@ -105,6 +110,7 @@ class Overlap(NamedTuple):
 
 def overlap(first: Delta, second: Delta) -> Overlap:
     """How far two deltas change the same scalars, whatever they change them to."""
+    _checked([first, second])
     shared = 0
     for name in first.sparse.keys() & second.sparse.keys():
         a, b = first.sparse[name], second.sparse[name]
@@ -118,13 +124,24 @@ def overlap(first: Delta, second: Delta) -> Overlap:
 
 def distance(first: Delta, second: Delta, model: nn.Module) -> float:
     """The Euclidean distance between the two fine-tuned models, over what is stored sparsely."""
-    deltas = (first, second)
+    deltas = _checked([first, second])
     bases = [delta.verify(model) for delta in deltas]
     total = 0.0
     for name in dict.fromkeys((*first.sparse, *second.sparse)):
         one, other = _Pile.of(name, deltas, bases, cuts=(0.0, 0.0)).change
         total += float((one - other).square().sum())
     return math.sqrt(total)
+
+
+def _checked(deltas: Iterable[Delta]) -> list[Delta]:
+    """The deltas, or an UnmaskError that says what isn't one."""
+    if not isinstance(deltas, Iterable):
+        raise UnmaskError(f"compose() was given {deltas!r}; give it a list of deltas")
+    found = list(deltas)
+    for one in found:
+        if not isinstance(one, Delta):
+            raise UnmaskError(f"{one!r} is no delta; give unmask.Delta.load(path), say")
+    return found
 
 
 class _Pile(NamedTuple):

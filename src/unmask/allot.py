@@ -5,16 +5,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from numbers import Integral
 
-__all__ = ["allot", "down", "is_whole", "up"]
+__all__ = ["allot", "down", "up"]
 
 ROUNDING = 1e-12  # of a product of floats, as a share of it
-
-
-def is_whole(x: object) -> bool:
-    """Whether it is a whole number, Python's or numpy's."""
-    return isinstance(x, Integral)
 
 
 def down(x: float) -> int:

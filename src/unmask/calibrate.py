@@ -48,6 +48,12 @@ class Calibration:
     loss: Callable[[nn.Module, Any], Tensor] | None = None
     progress: Progress | None = None
 
+    def __post_init__(self) -> None:
+        if not any(hasattr(self.batches, name) for name in ("__iter__", "__getitem__")):
+            raise UnmaskError(
+                f"calibration={self.batches!r}; give an iterable of the batches that you train with"
+            )
+
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
 

@@ -59,7 +59,7 @@ class Delta:
         names = [*self.sparse, *self.full, *self.buffers]
         if len(set(names)) != len(names):
             raise UnmaskError("a tensor is in the delta both sparsely and whole; keep it once")
-        if not re.fullmatch("[0-9a-f]{64}", self.base):
+        if not (isinstance(self.base, str) and re.fullmatch("[0-9a-f]{64}", self.base)):
             raise UnmaskError(f"base={self.base!r} isn't what fingerprint() returns")
         try:
             "".join(names).encode()
@@ -124,12 +124,13 @@ class Delta:
 
         `compact` takes hardly more than the entropy of what it says, at usual sizes two thirds
         of `plain`, which any program that reads safetensors can use as it is. `load` reads both.
-        Equal deltas give equal bytes. A crash leaves no half-written file under its final name.
+        Equal deltas give equal bytes. Cut off at any point, it leaves the delta that was there or
+        this one.
         """
         if layout not in LAYOUTS:
             raise UnmaskError(f"layout={layout!r} doesn't exist; there are {', '.join(LAYOUTS)}")
         entries, tensors = self._stored(layout)
-        folder = Path(path)
+        folder = _folder(path)
         config = {"layout": layout, "base": self.base, "info": self.info, **entries}
         sealed.write(folder, config, tensors)
         return folder
@@ -140,7 +141,7 @@ class Delta:
 
         Nothing in it is trusted: checksums first, then every name, dtype, shape and index.
         """
-        config, tensors = sealed.read(Path(path))
+        config, tensors = sealed.read(_folder(path))
         layout, base, info = map(config.get, ("layout", "base", "info"))
         if not isinstance(layout, str) or layout not in LAYOUTS:
             raise UnmaskError(
@@ -164,6 +165,8 @@ class Delta:
         refused, that one stays.
         """
         if instead_of is not None:
+            if not isinstance(instead_of, Delta):
+                raise UnmaskError(f"instead_of={instead_of!r}; give what another apply() returned")
             other = instead_of.apply(model)
             try:
                 return self.apply(model)
@@ -220,6 +223,8 @@ class Delta:
 
     def _targets(self, model: nn.Module) -> dict[str, Tensor]:
         """Find the tensors of `model` that the delta changes; all are fit to be written to."""
+        if not isinstance(model, nn.Module):
+            raise UnmaskError(f"a delta is of a torch.nn.Module, not of {model!r}; give its base")
         parameters = held_by(model, "parameters", [*self.sparse, *self.full])
         targets = {
             name: target(parameters, name, part.shape, part.values.dtype)
@@ -246,6 +251,13 @@ class Delta:
 
     def _stored(self, layout: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return LAYOUTS[layout].encode(Content(self.sparse, self.full, self.buffers))
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise UnmaskError(f"{path!r} is no path of a directory; give a str or a Path") from None
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from unmask.errors import UnmaskError
-from unmask.sparse import FLOATS
 
 Patterns = str | Sequence[str]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # weights not quantised
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 INSTEAD = (
     "a quantised weight has none to choose from: train LoRA's scalars over it, "

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from unmask.allot import down, is_whole, up
+from unmask.allot import down, up
 from unmask.errors import UnmaskError
+from unmask.part import Part
 
 __all__ = [
     "Cosine",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 
-class Schedule(ABC):
+class Schedule(Part, ABC):
     """A non-decreasing count that ends at the budget: target(steps, steps, budget) == budget."""
 
     @abstractmethod
@@ -66,10 +67,9 @@ class Strided(Schedule):
     every: int = 10
 
     def __post_init__(self) -> None:
-        if not is_whole(self.every) or self.every < 1:
-            raise UnmaskError(
-                f"Strided was asked for every={self.every}; every is a whole number, 1 or more"
-            )
+        super().__post_init__()
+        if self.every < 1:
+            raise UnmaskError(f"Strided was asked for every={self.every}; every is 1 or more")
 
     def target(self, step: int, steps: int, budget: int) -> int:
         selections = -(-steps // self.every)
@@ -88,6 +88,7 @@ class FrontLoaded(Schedule):
     by: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.by <= 1:
             raise UnmaskError(f"FrontLoaded was asked for by={self.by}; by is a share in (0, 1]")
 
@@ -149,6 +150,7 @@ class Exponential(Schedule):
     rate: float = 5.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < abs(self.rate) <= 500:
             raise UnmaskError(
                 f"Exponential was asked for rate={self.rate}; it is up to 500, and not 0: that is "
@@ -196,7 +198,8 @@ class Plateau(Schedule):
     they came evenly over the run.
 
     Report the loss of each step by `tuner.report(loss)`. It has stopped falling when `patience`
-    reports in a row were not below the best of this share by more than `tolerance` times that best.
+    reports in a row were not below the best of this share by more than `tolerance` times that best;
+    one that is NaN doesn't count.
 
     >>> schedule, heard = Plateau(parts=4, patience=2), ()
     >>> for loss in (1.0, 0.9, 0.95, 0.91):
@@ -211,6 +214,7 @@ class Plateau(Schedule):
     reached: int = 0  # plateaus so far; filled in by `hearing`
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.parts < 1 or self.patience < 1 or not self.tolerance >= 0:
             raise UnmaskError(
                 f"Plateau was asked for parts={self.parts}, patience={self.patience}, "
@@ -222,9 +226,10 @@ class Plateau(Schedule):
         return budget * min(max(1 + self.reached, clock), self.parts) // self.parts
 
     def hear(self, heard: tuple[float, ...], loss: float) -> tuple[float, ...]:
+        if math.isnan(loss):
+            return heard
         best, waited, reached = heard or (math.inf, 0.0, 0.0)
-        first = best == math.inf and not math.isnan(loss)
-        if first or loss < best - self.tolerance * abs(best):
+        if best == math.inf or loss < best - self.tolerance * abs(best):
             return loss, 0.0, reached
         if waited + 1 < self.patience:
             return best, waited + 1, reached

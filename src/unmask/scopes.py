@@ -14,6 +14,7 @@ from unmask.allot import allot, up
 from unmask.eligible import Eligible, listed
 from unmask.errors import UnmaskError
 from unmask.heuristics import Heuristic
+from unmask.part import Part
 from unmask.select import TopK, ranked
 from unmask.selectors import Grouped, Within
 from unmask.selectors import Selector as Selector
@@ -21,7 +22,7 @@ from unmask.selectors import Selector as Selector
 __all__ = ["Bounded", "Global", "PerLayer", "PerTensor", "Scope", "Selector"]
 
 
-class Scope(ABC):
+class Scope(Part, ABC):
     """Where a budget is spent."""
 
     @abstractmethod
@@ -60,6 +61,7 @@ class Bounded(Scope):
     cap: int | float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         counts = [isinstance(bound, int) for bound in (self.floor, self.cap)]
         for bound in (self.floor, self.cap):
             _measure(bound, 0)  # refuses what is neither
@@ -93,6 +95,7 @@ class PerTensor(Scope):
     within: Scope = field(default_factory=Global)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.by not in MEASURES:
             raise UnmaskError(
                 f"{type(self).__name__} was asked for by={self.by!r}; it is one of "
@@ -163,6 +166,8 @@ class PerLayer(PerTensor):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "patterns", listed(self.patterns))
+        if self.depth < 0:
+            raise UnmaskError(f"PerLayer was asked for depth={self.depth}; depth is 0 or more")
 
     def groups(self, eligible: Eligible) -> list[int]:
         names = [self._layer(name) for name in eligible.names]
@@ -182,7 +187,7 @@ MEASURES = ("size", "sides", "even")
 
 def _measure(bound: int | float, size: int) -> int:
     """A floor or a cap in scalars, for a tensor of that size."""
-    if isinstance(bound, bool) or not (bound >= 0 if isinstance(bound, int) else 0 <= bound <= 1):
+    if not (bound >= 0 if isinstance(bound, int) else 0 <= bound <= 1):
         raise UnmaskError(
             f"{bound!r} is no floor or cap: give an int (scalars) or a float in [0, 1] (a share "
             "of the tensor)"

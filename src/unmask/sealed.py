@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from unmask.errors import UnmaskError
 
-__all__ = ["CONFIG", "WEIGHTS", "canonical", "read", "replace_files", "write"]
+__all__ = ["CONFIG", "WEIGHTS", "canonical", "read", "write"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE, FORMAT = "UNMASK", 1
@@ -28,8 +29,7 @@ def write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -
     digest = hashlib.sha256(weights).hexdigest()
     sealed = {**config, "peft_type": PEFT_TYPE, "format": FORMAT, "weights": digest}
     sealed["checksum"] = _checksum(sealed)
-    # The config last: in a new directory its presence says that all is there.
-    replace_files(folder, {WEIGHTS: weights, CONFIG: canonical(sealed)})
+    _replace(folder, {CONFIG: canonical(sealed), WEIGHTS: weights})
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -56,9 +56,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     if not exact or config.get("checksum") != _checksum(config):
         raise _damaged(folder / CONFIG, "its checksum doesn't match")
-    weights = _bytes(folder / WEIGHTS)
-    if config.get("weights") != hashlib.sha256(weights).hexdigest():
-        raise _damaged(folder / WEIGHTS, f"its checksum doesn't match the one in {CONFIG}")
+    weights = _weights(folder, config.get("weights"))
     try:
         return config, safetensors.torch.load(weights)
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as exc:
@@ -72,10 +70,12 @@ def canonical(content: Any) -> bytes:
     return f"{text}\n".encode()
 
 
-def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` into `folder` such that a crash leaves no half-written file under its name.
+def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the config and the weights into `folder` such that it holds the old ones or the new
+    ones, and nothing half-written, whenever this is cut off.
 
-    All of them are on disk under temporary names before the first takes its own.
+    Both are on disk under temporary names before the config takes its own. From then on the folder
+    is the new one: until the weights have their name too, `_weights` knows them by their checksum.
     """
     temporary = {name: folder / f".{name}.{secrets.token_hex(4)}.tmp" for name in files}
     try:
@@ -86,19 +86,37 @@ def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
+            _settle(folder)
             for name in files:
                 temporary[name].replace(folder / name)
+                _settle(folder)
         finally:
-            for leftover in temporary.values():
-                leftover.unlink(missing_ok=True)
-        if os.name == "posix":  # makes the renames last; Windows gives no handle on a directory
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    except OSError as exc:
+            if temporary[CONFIG].exists():
+                for leftover in temporary.values():
+                    leftover.unlink(missing_ok=True)
+    except (OSError, ValueError) as exc:  # ValueError: a null byte in the path
         raise UnmaskError(f"can't write into '{folder}': {exc}; choose another directory") from exc
+
+
+def _settle(folder: Path) -> None:
+    """Make the renames so far last before those to come."""
+    if os.name == "posix":  # Windows gives no handle on a directory
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _weights(folder: Path, digest: object) -> bytes:
+    """The weights of this checksum: under their name, or where a save that was cut off had them."""
+    for path in filter(Path.is_file, (folder / WEIGHTS, *folder.glob(f".{WEIGHTS}.*.tmp"))):
+        with suppress(OSError):
+            weights = path.read_bytes()
+            if hashlib.sha256(weights).hexdigest() == digest:
+                return weights
+    _bytes(folder / WEIGHTS)  # raises if there are none
+    raise _damaged(folder / WEIGHTS, f"its checksum doesn't match the one in {CONFIG}")
 
 
 def _checksum(config: Mapping[str, Any]) -> str:
@@ -108,6 +126,8 @@ def _checksum(config: Mapping[str, Any]) -> str:
 
 def _bytes(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(f"'{path.name}' is no file")  # reading a pipe would wait for ever
         return path.read_bytes()
     except (OSError, ValueError) as exc:  # ValueError: a null byte in the path
         raise UnmaskError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError
 from unmask.kernels import Run, gather, insert, merge, scatter
+from unmask.states import check_table
 
 TABLE = ("index", "position", "base", "retired", "retired_base")
 
@@ -229,9 +230,10 @@ class Slots:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state, and write its values into the model.
 
-        Refused, with nothing changed, if the model's weights before this table touched them are
-        neither the base of the given state nor what it made of them.
+        Refused, with nothing changed, if it is damaged, or if the model's weights before this table
+        touched them are neither the base of the given state nor what it made of them.
         """
+        check_table(state, self.eligible.total, self.values)
         other = Slots(self.eligible, len(self.values))
         for name in TABLE:
             setattr(other, name, state[name].to(getattr(self, name), copy=True))

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from unmask.eligible import FLOATS
 from unmask.errors import UnmaskError
 from unmask.kernels.swap import Move
 
 __all__ = [
-    "FLOATS",
     "Sparse",
     "bits",
     "blank",
@@ -33,7 +33,6 @@ __all__ = [
 
 # Values travel as integers of their width: then no float rule can touch a NaN's payload or a -0.0.
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from unmask.allot import down, is_whole
+from unmask.allot import down
 from unmask.errors import UnmaskError
+from unmask.part import Part
 from unmask.schedules import Schedule, Uniform
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Quota(NamedTuple):
     grow: int
 
 
-class Strategy(ABC):
+class Strategy(Part, ABC):
     """A rule for the chosen set; states nothing about which scalars, only how many.
 
     rewinds  whether a scalar that leaves gets its base value back; else it keeps the value it has
@@ -97,10 +98,9 @@ class Reselect(Strategy):
     every: int = 100
 
     def __post_init__(self) -> None:
-        if not is_whole(self.every) or self.every < 1:
-            raise UnmaskError(
-                f"Reselect was asked for every={self.every}; every is a whole number, 1 or more"
-            )
+        super().__post_init__()
+        if self.every < 1:
+            raise UnmaskError(f"Reselect was asked for every={self.every}; every is 1 or more")
 
     def quota(self, step: int, active: int, budget: int, steps: int | None) -> Quota:
         if active < budget:
@@ -116,6 +116,7 @@ class Increment(Strategy):
     schedule: Schedule = field(default_factory=Uniform)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.schedule, Schedule):
             raise UnmaskError(
                 f"Increment was given {self.schedule!r} for its schedule; give an instance of "
@@ -154,11 +155,11 @@ class DropGrow(Strategy):
     first: int = 1
 
     def __post_init__(self) -> None:
-        whole = is_whole(self.every) and is_whole(self.first)
-        if not whole or self.every < 1 or self.first < 1 or not 0 <= self.rate <= 1:
+        super().__post_init__()
+        if self.every < 1 or self.first < 1 or not 0 <= self.rate <= 1:
             raise UnmaskError(
                 f"DropGrow was asked for every={self.every}, first={self.first}, rate={self.rate}; "
-                "they are whole numbers, 1 or more, and a share in [0, 1]"
+                "they are 1 or more, 1 or more, and a share in [0, 1]"
             )
         if self.decay not in ("linear", "cosine"):
             raise UnmaskError(

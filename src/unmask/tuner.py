@@ -23,6 +23,7 @@ from unmask.processes import check_alike, check_unwrapped, check_whole
 from unmask.sampled import Hook, Sampler
 from unmask.slots import Slots
 from unmask.slots import Values as Values
+from unmask.states import check_run
 from unmask.whole import WholeTensors
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tuner]] = weakref.WeakKeyDictionary()
@@ -173,6 +174,11 @@ class Tuner:
         Its state is O(budget). Any element-wise torch optimiser will do; others are refused with
         the reason.
         """
+        if _tuner_of(self.model) is not self:
+            raise UnmaskError(
+                "this tuner is off its model, which an optimiser of it wouldn't train any more; "
+                "attach() another"
+            )
         if self.step and self._driver.optimizer is not None:
             raise UnmaskError(
                 f"the run has an optimiser, which took {self.step} steps; go on with that one"
@@ -184,7 +190,11 @@ class Tuner:
 
     def report(self, loss: float) -> None:
         """Tell the strategy the training loss of a step; those that adapt to it go by this."""
-        self._course.report(float(loss))
+        try:
+            number = float(loss)
+        except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several
+            raise UnmaskError(f"report() was given {loss!r}; give a loss, one number") from None
+        self._course.report(number)
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on: O(budget) and what is trained fully.
@@ -206,10 +216,11 @@ class Tuner:
         """Continue as the tuner that gave `state`: the choice, the counts, the model's weights.
 
         The model may be a fresh copy of the base or hold the checkpoint's weights already; any
-        other is refused, with nothing changed.
+        other is refused, and so is a state that is damaged, with nothing changed.
         """
         steps = {} if self.steps is None else {"steps": self.steps}
         _check_state(state, {**self._identity(), **steps})
+        check_run(state, self.eligible.names)
         self._whole.check(state)
         with self._whole.drawn_as(state):
             self.slots.load_state_dict(state["slots"])
@@ -284,7 +295,8 @@ class Tuner:
     def detach(self) -> Delta:
         """Take every trace of the tuner off the model, restore the base bit for bit.
 
-        Returns the Delta of what training had changed.
+        The base is what the tuner trained, as it was before; what other code has changed besides
+        stays. Returns the Delta of what training had changed.
         """
         if _tuner_of(self.model) is not self:
             raise UnmaskError(
@@ -414,7 +426,7 @@ def _narrowed(eligible: Eligible, chosen: Eligible, method: Method) -> Eligible:
 def _check_state(state: Mapping[str, Any], same: Mapping[str, Any]) -> None:
     """Refuse what isn't a tuner's state, or is one of another method or model."""
     keys = {*same, "steps", "step", "updates", "slots", "seen", "heard", "whole", "whole_base"}
-    if missing := keys - state.keys():
+    if missing := keys - (state.keys() if isinstance(state, Mapping) else set()):
         raise UnmaskError(
             f"this is no state of a tuner, {', '.join(sorted(missing))} missing; "
             "give what tuner.state_dict() returned"

@@ -41,6 +41,7 @@ class Units(Scope):
     columns: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rows", "columns"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UnmaskError(f"Units was asked for {name}={size}; it is 1 or more, or None")

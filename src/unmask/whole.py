@@ -50,11 +50,11 @@ class WholeTensors:
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Refuse the state of a run that keeps others whole."""
-        theirs, mine = (
+        theirs, before, mine = (
             {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-            for tensors in (state["whole"], self.tensors())
+            for tensors in (state["whole"], state["whole_base"], self.tensors())
         )
-        if theirs != mine:
+        if theirs != mine or before != mine:
             odd = ", ".join(sorted(theirs.keys() ^ mine.keys())) or "shapes or dtypes"
             raise UnmaskError(
                 f"the state and this run differ in what is kept whole ({odd}); "

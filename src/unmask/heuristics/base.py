@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import UnmaskError
+from unmask.part import Part
 
 __all__ = ["Heuristic", "Scalars", "Whole"]
 
@@ -69,7 +70,7 @@ class Whole:
         return grad.reshape(height, grad.numel() // max(1, height))
 
 
-class Heuristic(ABC):
+class Heuristic(Part, ABC):
     """One number a scalar, of its weight and gradient alone: `score` may be called on any piece of
     a parameter, and must give a scalar the same number in every piece.
 

@@ -53,6 +53,7 @@ class Fisher(_OfData):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_samples < 1:
             raise UnmaskError(
                 f"Fisher was asked for num_samples={self.num_samples}; it is 1 or more"
@@ -81,6 +82,7 @@ class Calibrated(_OfData):
     inner: Heuristic = field(default_factory=Taylor)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         needs_gradient(self.inner, self)
 
     def calibrate(
@@ -112,6 +114,7 @@ class Movement(_OfData):
     passes: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kind = getattr(torch.optim, self.optimizer, None)
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
             raise UnmaskError(
@@ -160,6 +163,7 @@ class DiffPruning(_OfData):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "lr", "gate_lr", "passes")
 
     def calibrate(

@@ -45,6 +45,7 @@ class D3(Heuristic):
     eps: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not math.isfinite(self.exp):
             raise UnmaskError(f"D3 was asked for exp={self.exp}; exp is any finite real number")
         if not (math.isfinite(self.eps) and self.eps > 0):
@@ -73,8 +74,11 @@ class Gradient(Heuristic):
 
 @dataclass(frozen=True)
 class SquaredGradient(Heuristic):
-    """H(θ) = ∇θ²: the order of |∇θ| at one step, the empirical Fisher information when accumulated
-    over batches of one sample."""
+    """H(θ) = ∇θ²: the empirical Fisher information when accumulated over batches of one sample.
+
+    At one step it is the order of |∇θ| from 1.1e-19 to 1.8e19; float32 holds no smaller square in
+    full, and no larger one at all.
+    """
 
     def score(self, s: Scalars) -> Tensor:
         return s.grad.square()
@@ -121,6 +125,7 @@ class Principal(Heuristic):
     rank: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise UnmaskError(f"Principal was asked for rank={self.rank}; rank is 1 or more")
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unmask.allot import is_whole, up
+from unmask.allot import up
 from unmask.errors import UnmaskError
 from unmask.heuristics.base import Heuristic, Scalars, Whole, needs_gradient
 from unmask.heuristics.formulas import Gradient
@@ -37,6 +37,7 @@ class Smoothed(Heuristic):
     of: str = "score"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         needs_gradient(self.inner, self)
         if not 0 <= self.decay < 1:
             raise UnmaskError(f"Smoothed was asked for decay={self.decay}; it is from 0 to below 1")
@@ -64,6 +65,7 @@ class Accumulated(Heuristic):
     of: str = "score"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         needs_gradient(self.inner, self)
         _one_of(self, self.of)
 
@@ -90,11 +92,11 @@ class Candidates(Heuristic):
     every: int = 20
 
     def __post_init__(self) -> None:
-        whole = is_whole(self.window) and is_whole(self.every)
-        if not (whole and 1 <= self.window <= self.every):
+        super().__post_init__()
+        if not 1 <= self.window <= self.every:
             raise UnmaskError(
                 f"Candidates was asked for window={self.window}, every={self.every}; "
-                "both are whole numbers, window from 1 to every"
+                "window is from 1 to every"
             )
 
     def watches(self, step: int) -> bool:

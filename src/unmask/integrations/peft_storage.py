@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unmask.delta import Delta, Sparse, fingerprint
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError, UnmaskWarning
+from unmask.states import increasing
 from unmask.tuner import Values
 
 EMPTY = -1  # the index of a slot that isn't filled
@@ -136,6 +137,7 @@ class Storage(nn.Module):
 
     def accept(self, name: str, base: Tensor | None) -> None:
         """Make what was loaded the adapter's own. No adapter is in force; or the base is given."""
+        self._check(name)
         device, vector = self.device(name), self.vector(name)
         vector.data = vector.data.to(device)
         parts = self.unmask_indices[name], self.unmask_retired[name], self.unmask_progress[name]
@@ -164,15 +166,25 @@ class Storage(nn.Module):
         """Where an adapter lives: where its first weight does."""
         return self.eligible[name].tensors[0].device
 
+    def _check(self, name: str) -> None:
+        """Refuse what was loaded if its indices can't be this model's, or anyone's."""
+        total, index = self.eligible[name].total, self.unmask_indices[name]
+        filled = index[index != EMPTY].sort().values
+        if len(filled) and int(filled[-1]) >= total:
+            raise UnmaskError(
+                f"adapter {name!r} was made for another model: it changes scalar "
+                f"{int(filled[-1]):,} of the eligible, and there are {total:,}; load it on "
+                "its own base with its own target_modules"
+            )
+        if not increasing(filled, total):
+            raise UnmaskError(
+                f"adapter {name!r} is damaged: its indices, of which {int(filled[0]):,} is the "
+                "least, aren't different numbers from 0 on; copy or download it again"
+            )
+
     def _read_base(self, name: str) -> Tensor:
         eligible = self.eligible[name]
         index, order = self.unmask_indices[name].to(self.device(name), torch.int64).sort()
-        if len(index) and int(index[-1]) >= eligible.total:
-            raise UnmaskError(
-                f"adapter {name!r} was made for another model: it changes scalar "
-                f"{int(index[-1]):,} of the eligible, and there are {eligible.total:,}; load it on "
-                "its own base with its own target_modules"
-            )
         base = torch.zeros(len(index), dtype=self.unmask_values[name].dtype, device=index.device)
         filled = index != EMPTY
         base[order[filled]] = read(eligible, index[filled], base.dtype)

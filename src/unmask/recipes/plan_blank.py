@@ -18,11 +18,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unmask.derivatives import RULES
-
 aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten._index_put_impl_.default)
 GROUPED = [getattr(o, n) for o, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(o, n)]
+
+# Operations on a parameter for which gradients="sampled" has a rule.
+SAMPLED = (
+    F.linear, F.embedding, F.layer_norm, F.rms_norm, torch.addmm, Tensor.addmm, torch.matmul,
+    Tensor.matmul, Tensor.__matmul__, torch.mul, Tensor.mul, torch.conv1d, torch.conv2d,
+    torch.conv3d,
+)  # fmt: skip
 
 
 class Answers(TorchDispatchMode):
@@ -75,7 +80,7 @@ class Fused(TorchFunctionMode):
             return _Grouped.apply(*args[:2])  # type: ignore[no-untyped-call]
         if func is F.scaled_dot_product_attention:
             return self._attention(func, args, given)
-        if self.sampled and func in RULES:
+        if self.sampled and func in SAMPLED:
             return self._without_gradients(func, args, given)
         return func(*args, **given)
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import UnmaskError
-from unmask.intake import TOGETHER
 from unmask.methods import Method
 from unmask.recipes import plan_model
 from unmask.recipes.plan_blank import Answers, Fused
@@ -30,6 +29,7 @@ SLOT = 4 + 4 + 4 + 4 + 4
 # scalar that it chooses the candidates, twice as many, and their sorting.
 MAKING, CANDIDATE = 4, 56
 WORKSPACE = 1 << 20  # blocks of scores in the making, however large the model
+TOGETHER = 1 << 21  # scalars whose gradients wait for each other, with `streaming`
 
 
 @dataclass(frozen=True)

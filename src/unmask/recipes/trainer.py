@@ -120,10 +120,12 @@ def random_state_kept() -> Iterator[None]:
     """Whatever is drawn within, the generators go on as if nothing had been."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 class Recorder(transformers.TrainerCallback):
