@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,10 @@ import unmask
 from unmask import Delta
 from unmask.cli import app
 from unmask.recipes import demo, hub
+from unmask.recipes.session import Session
+from unmask.recipes.trainer import Recorder
 
+DEEP = "[" * 100_000
 pytestmark = pytest.mark.filterwarnings("default")  # of the libraries beneath a Trainer
 
 
@@ -140,6 +144,53 @@ def test_a_flipped_bit_is_refused(trained: Path, tmp_path: Path) -> None:
     assert "damaged" in refused("inspect", tmp_path)
 
 
+def test_resume_needs_a_run(command: Sequence[object], tmp_path: Path) -> None:
+    message = refused("train", "--resume", "--out", tmp_path / "typo")
+    assert "typo' holds none; check the name" in message
+    assert not (tmp_path / "typo").exists()
+    # A job that may be started again says --resume from the first time on.
+    assert run(*command, "--resume", "--out", tmp_path / "run").exit_code == 0
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_stop_names_the_way_on_if_there_is_one(
+    command: Sequence[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (*command, "--out", tmp_path / "run")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Session, "__init__", stop)
+        result = run(*asked)
+    assert result.exit_code == 130
+    assert result.stderr == "stopped before the first step; nothing was written\n"
+    monkeypatch.setattr(Recorder, "on_step_end", stop)
+    result = run(*asked)
+    assert result.stderr == f"stopped; to go on: unmask train --resume --out {tmp_path / 'run'}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.json", "{}", "isn't what a run wrote"),
+        ("metrics.json", '{"active": "x", "parameters": 0}', "isn't what a run wrote"),
+        pytest.param("metrics.json", DEEP, "metrics.json can't be read", id="deep metrics"),
+        pytest.param("config.json", DEEP, "config.json can't be read", id="deep config"),
+        ("config.json", '{"task": -1}', "the config has task=-1, which can't be"),
+    ],
+)
+def test_a_damaged_run_is_told(
+    name: str, content: str, message: str, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    assert message in refused("train", "--resume", "--out", tmp_path / "run")
+    if name == "config.json":
+        assert message in refused("evaluate", tmp_path / "run")
+
+
 def test_an_existing_run_is_refused_unless_overwritten(
     command: Sequence[object], tmp_path: Path
 ) -> None:
@@ -179,7 +230,13 @@ def test_mistakes_are_told(
     assert not (tmp_path / "run").exists()
 
 
-def test_mistakes_about_folders_are_told(tmp_path: Path) -> None:
+def test_mistakes_about_folders_are_told(
+    command: Sequence[object], model: Path, trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    within = tmp_path / "file" / "x"
+    assert "Not a directory" in refused("apply", model, trained, "--out", within)
+    assert "file' is no folder that can be written to" in refused(*command, "--out", within)
     assert "no run folder" in refused("evaluate", tmp_path)
     assert "no delta" in refused("inspect", tmp_path)
     for command in (("inspect",), ("evaluate",), ("train", "--model")):

@@ -297,9 +297,10 @@ def test_a_config_that_makes_no_model():
         rows(bert(hidden_size=33))
 
 
-def test_no_amount():
+@pytest.mark.parametrize("text", ["plenty", "1XB", f"{'9' * 400}GB"], ids=["word", "unit", "huge"])
+def test_no_amount(text):
     with pytest.raises(unmask.UnmaskError, match="24GB"):
-        parse_memory("plenty")
+        parse_memory(text)
 
 
 def test_the_command_needs_a_config_and_no_weights(tmp_path: Path):

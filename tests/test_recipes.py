@@ -1,13 +1,15 @@
 """Whole runs as a Python function, on a tiny model: what they leave, and how they go on."""
 
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from unmask import Delta, UnmaskError
 from unmask.integrations.transformers import training_loss
 from unmask.recipes import RunConfig, choose, evaluate, models, parse, saved, train
 from unmask.recipes.folder import RunFolder, whole_folder
-from unmask.recipes.trainer import LengthGrouped, random_state_kept
+from unmask.recipes.trainer import LengthGrouped, Recorder, random_state_kept
 
 pytestmark = pytest.mark.filterwarnings("default")  # of the libraries beneath a Trainer
 
@@ -39,6 +41,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def files(delta: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in delta.iterdir()}
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(scope="session")
@@ -177,13 +183,61 @@ def test_overwrite_replaces_runs_only(given: dict[str, Any], tmp_path: Path) -> 
     train(asked)
     with pytest.raises(UnmaskError, match="holds a finished run"):
         train(asked)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "series").mkdir()
     assert train(asked, overwrite=True)["steps"] == 10
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "run" / "series").exists()
     precious = tmp_path / "mine" / "thesis.txt"
     precious.parent.mkdir()
     precious.write_text("years of work")
     with pytest.raises(UnmaskError, match="holds no run, so it is left alone"):
         train(replace(asked, out=str(precious.parent)), overwrite=True)
     assert precious.read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_steps": "0"}, "steps=0; give the number"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr.*--set lr_scheduler_type"),
+        ({"gradient_accumulation_steps": "0"}, "--set gradient_accumulation_steps=0"),
+        ({"per_device_eval_batch_size": "0"}, "--set per_device_eval_batch_size=0"),
+        ({"eval_accumulation_steps": "0"}, "--set eval_accumulation_steps=0"),
+        ({"dataloader_num_workers": "-1"}, "num_workers option should be non-negative"),
+        ({"report_to": "nobody"}, "nobody is not supported"),
+        ({"optim": "adamw_torch", "optim_args": "x"}, "--set optim_args=x"),
+        ({"metric_for_best_model": "foo"}, "foo: task 'train' is measured by matthews and loss"),
+        ({"load_best_model_at_end": "true"}, "save and eval strategy to match"),
+    ],
+)
+def test_a_start_that_fails_loses_nothing(
+    settings: dict[str, Any], message: str, finished: Path, given: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    for out in (tmp_path / "run", tmp_path / "new"):
+        with pytest.raises(UnmaskError, match=message) as told:
+            train(RunConfig(**given, settings=settings, out=str(out)), overwrite=True)
+        assert "\n" not in str(told.value)
+    assert contents(tmp_path / "run") == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_only_what_fails_before_the_first_step_is_laid_to_settings(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Recorder, "on_step_end", fail)
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        train(RunConfig(**given, settings={"max_steps": "2"}, out=str(tmp_path / "a")))
+    assert (tmp_path / "a" / "config.json").is_file()
+    monkeypatch.setattr(Recorder, "on_train_begin", fail)
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        train(RunConfig(**given, out=str(tmp_path / "b")))
+    assert not (tmp_path / "b").exists()
 
 
 def test_the_head_alone_changes_no_pretrained_weight(given: dict[str, Any], tmp_path: Path) -> None:
@@ -285,6 +339,12 @@ def test_merge_gives_the_model_that_was_trained(
         ({"model": "/no/such/folder"}, "no folder '/no/such/folder'"),
         ({"text": ("body",)}, r"no column 'body'; it has 'text', 'label'"),
         ({"lr": 0.0}, "lr=0.0; it must be above 0"),
+        ({"lr": math.inf}, "lr=inf; it must be above 0, and finite"),
+        ({"epochs": math.inf}, "epochs=inf"),
+        ({"seed": 2**32}, "seed=4294967296; a seed is from 0 to 4294967295"),
+        ({"max_length": 2}, "max_length=2 leaves no room for text beside the 2 marks"),
+        ({"settings": {"deepspeed": "x.json"}}, "deepspeed isn't possible here"),
+        ({"settings": {"label_names": '["foo"]'}}, "label_names isn't possible here"),
         ({"task": "rte"}, "both --task and --train-file"),
         ({"save_at": (2.0,)}, "save_at=2"),
         ({"settings": {"nonsense": "1"}}, "--set nonsense: no such key; .*TrainingArguments"),
@@ -359,6 +419,13 @@ def test_a_config_survives_json() -> None:
     assert RunConfig.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
     with pytest.raises(UnmaskError, match="has colour"):
         RunConfig.from_dict({"colour": "red"})
+
+
+@pytest.mark.parametrize("field", fields(RunConfig), ids=lambda field: field.name)
+def test_a_config_of_the_wrong_types_is_refused(field: Any) -> None:
+    for value in ([[1]], {"a": 1} if field.name != "settings" else 1, [None], True):
+        with pytest.raises(UnmaskError, match=rf"the config has {field.name}=.*, which can't be"):
+            RunConfig.from_dict({field.name: value})
 
 
 @pytest.mark.parametrize(

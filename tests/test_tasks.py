@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from unmask.recipes import data, demo, hub, tasks
 
 NAMES = list(tasks.__all__)
 GLUE = [name for name in NAMES if tasks.named(name).hub]
+HARMED = gzip.compress(b"")[:10] + b"\xff" * 9  # no block of deflate begins like this
 REAL = os.environ.get("UNMASK_TEST_DATA")  # a folder of real tasks, as for --data-dir
 
 
@@ -136,6 +138,13 @@ def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
         ("mine.jsonl", b"[1]", "line 1 is no JSON object"),
         ("mine.jsonl", b"\xff\xfe", "can't be read"),
         ("mine.jsonl.gz", b"plain", "can't be read"),
+        pytest.param("mine.jsonl.gz", HARMED, "can't be read: Error -3", id="harmed"),
+        pytest.param("mine.jsonl", b"[" * 100_000, "line 1 is no JSON object", id="deep"),
+        ("mine.jsonl", b'{"text": "a", "label": [2]}', r"row 1 has \[2\] as its 'label'"),
+        ("mine.jsonl", b'{"text": "a", "label": {"b": 1}}', "as its 'label'; it must be"),
+        ("mine.jsonl", b'{"text": "a \\ud800", "label": 1}', "a text that UTF-8 can write"),
+        ("mine.csv", b"text,label\na,1\nb,0\n", "no row to hold out.*--validation-file"),
+        ("mine.csv", b"text,label\nw1,0.5\nw1!,1.5\n", "no row to hold out"),
         ("mine.parquet", b"PAR1", "convert it"),
     ],
 )
@@ -203,6 +212,32 @@ def test_hold_out_keeps_twins_apart_and_ignores_the_order_of_rows() -> None:
     assert set(one[1]) == set(two[1])
     assert len(one[1]) == 40
     assert len(one[0]) == 160
+
+
+def test_a_tenth_of_the_quantities_is_held_out(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    words = [f"w{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(80)]
+    file.write_text("text,label\n" + "".join(f"{w},{i / 7:.3f}\n" for i, w in enumerate(words)))
+    found = data.from_files(file, None)
+    assert found.task.regression
+    assert (len(found.train), len(found.validation["validation"])) == (72, 8)
+
+
+def test_a_label_on_one_row_stays_in_training(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": "odd one", "label": "rare"}]
+    rows += [{"text": f"word {c}", "label": "often"} for c in "abcdefghij"]
+    found = data.from_files(write(tmp_path / "mine.jsonl.gz", rows), None)
+    assert found.task.labels == ("often", "rare")
+    assert [e.label for e in found.train].count(1) == 1
+    assert [e.label for e in found.validation["validation"]] == [0]
+
+
+def test_holding_out_takes_time_that_is_linear_in_the_labels() -> None:
+    rows = [(f"w{i} {'abcdefghij'[i % 10] * (i // 10)}", str(i)) for i in range(4_000)]
+    started = time.perf_counter()
+    rest, held = data.hold_out(rows, 0.1)
+    assert (len(rest), held) == (4_000, [])
+    assert time.perf_counter() - started < 1.0
 
 
 def test_the_demo_is_held_out_without_twins_and_stratified() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import warnings
 from pathlib import Path
@@ -25,12 +24,14 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UnmaskError as mistake:
-            say(f"Error: {mistake}")
+            say(f"Error: {' '.join(str(mistake).splitlines())}")
             raise typer.Exit(2) from mistake
         except OSError as problem:
-            if problem.errno != errno.ENAMETOOLONG:  # whatever it was meant for
+            if isinstance(problem, BrokenPipeError):  # nobody listens any more
                 raise
-            say(f"Error: {problem.strerror}: {problem.filename}")
+            path = problem.filename
+            said = str(problem) if path is None else f"{problem.strerror}: {path}; check the path"
+            say(f"Error: {' '.join(said.splitlines())}")
             raise typer.Exit(2) from problem
 
 
@@ -157,7 +158,11 @@ def train(
     try:
         metrics = run.train(config, resume=resume, overwrite=overwrite, console=screen)
     except KeyboardInterrupt:
-        say(f"stopped; to go on: unmask train --resume --out {config.out}")
+        say(
+            f"stopped; to go on: unmask train --resume --out {config.out}"
+            if run.begun(config)
+            else "stopped before the first step; nothing was written"
+        )
         raise typer.Exit(130) from None
     screens.summary(config.out, metrics)
 

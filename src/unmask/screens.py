@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from unmask.errors import UnmaskError
+
 if TYPE_CHECKING:  # torch takes a second, and --help has no use for it
     from unmask.delta import Delta
     from unmask.methods import Description
@@ -30,9 +32,22 @@ def note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) ->
 
 def summary(folder: str | None, m: Mapping[str, Any]) -> None:
     """What a run gave, and what to do next."""
+    try:
+        rows = _results(folder, m)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
+        raise UnmaskError(
+            f"metrics.json in {str(folder)!r} isn't what a run wrote ({problem!r}); "
+            f"`unmask evaluate {folder}` measures again"
+        ) from problem
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        say(f"{name:<{width}}  {value}", screen)
+
+
+def _results(folder: str | None, m: Mapping[str, Any]) -> list[tuple[str, str]]:
     share = m["active"] / m["parameters"]
     inside = f" inside {m['peft']}" if m.get("peft") else ""
-    rows = [
+    return [
         (f"{m['metric']} before", f"{m['before']:.4f}"),
         (f"{m['metric']} after", f"{m['value']:.4f}   (best measured {m['best']:.4f})"),
         ("changed", f"{m['active']:,} of {m['parameters']:,} scalars ({share:.2%}){inside}"),
@@ -44,9 +59,6 @@ def summary(folder: str | None, m: Mapping[str, Any]) -> None:
         ("next", f"unmask inspect {folder}"),
         ("", f"unmask evaluate {folder}"),
     ]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        say(f"{name:<{width}}  {value}", screen)
 
 
 def delta(found: Delta, path: Path, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +13,7 @@ from typing import Any
 
 from unmask.errors import UnmaskError
 from unmask.recipes import demo, presets, tasks
-from unmask.recipes.parse import convert, parse_wrapper
+from unmask.recipes.parse import convert, fits, parse_wrapper
 from unmask.recipes.parse import parse_budget as parse_budget
 from unmask.recipes.presets import Budget
 
@@ -35,6 +36,13 @@ RESERVED = {
     "restore_callback_states_from_checkpoint": "a resumed run goes on exactly as it was",
     "ignore_data_skip": "a resumed run goes on exactly as it was",
     "save_only_model": "a checkpoint must be fit for --resume",
+    "batch_eval_metrics": "the task's metric is over all rows at once",
+    "prediction_loss_only": "the task's metric needs the predictions",
+    "dataloader_drop_last": "rows would be left out of the metric, too",
+    "label_names": "the task says what the labels are",
+    "deepspeed": "weights must be whole in every process",
+    "fsdp": "weights must be whole in every process",
+    "fsdp_config": "weights must be whole in every process",
 }
 
 
@@ -111,10 +119,10 @@ class RunConfig:
             parse_wrapper(self.peft)
         for name in ("epochs", "max_length", "lr", "batch_size"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UnmaskError(f"{name}={value}; it must be above 0")
-        if self.seed < 0:
-            raise UnmaskError(f"seed={self.seed}; a seed is 0 or more")
+            if value is not None and not 0 < value <= sys.float_info.max:
+                raise UnmaskError(f"{name}={value}; it must be above 0, and finite")
+        if not 0 <= self.seed < 2**32:
+            raise UnmaskError(f"seed={self.seed}; a seed is from 0 to {2**32 - 1}")
         for share in self.save_at:
             if not 0 < share <= 1:
                 raise UnmaskError(f"save_at={share:g}; levels are shares of the budget in (0, 1]")
@@ -134,6 +142,13 @@ class RunConfig:
                 f"the config has {', '.join(sorted(unknown))}, which this unmask doesn't know; "
                 "start the run anew, or use the version that made it"
             )
+        hints = _hints(cls)
+        for name, value in described.items():
+            if not fits(value, hints[name]):
+                raise UnmaskError(
+                    f"the config has {name}={value!r}, which can't be; put back what "
+                    "`unmask train` wrote, or start the run anew"
+                )
         return cls(**described)
 
     def training(self, defaults: Mapping[str, Any]) -> dict[str, Any]:

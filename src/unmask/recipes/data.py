@@ -7,6 +7,8 @@ import gzip
 import hashlib
 import json
 import math
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,11 +87,6 @@ def from_files(
         raise UnmaskError(f"--text names {len(text)} columns ({', '.join(text)}); name one or two")
     columns = (*text, label)
     train = _columns(read(train_file), columns, train_file)
-    if validation_file is None:
-        train, validation = hold_out(train, share=0.1)
-        validation_file = train_file
-    else:
-        validation = _columns(read(validation_file), columns, validation_file)
     values = [row[-1] for row in train]
     numbers = _quantities(values)
     stem = Path(train_file).name.split(".")[0]
@@ -106,6 +103,16 @@ def from_files(
         metric = "matthews" if len(names) == 2 else "accuracy"
         task = Task(stem, text=tuple(text), label=label, metric=metric, labels=tuple(names))
         ids = {name: i for i, name in enumerate(names)}
+    if validation_file is None:
+        train, validation = hold_out(train, share=0.1, by_label=ids is not None)
+        validation_file = train_file
+        if not validation:
+            raise UnmaskError(
+                f"{train_file} has no row to hold out: no label is on two rows with different "
+                "words; give more rows, or --validation-file"
+            )
+    else:
+        validation = _columns(read(validation_file), columns, validation_file)
     return Data(
         task,
         [_example(row, ids, train_file) for row in train],
@@ -114,25 +121,28 @@ def from_files(
 
 
 def hold_out(
-    rows: Sequence[tuple[Any, ...]], share: float
+    rows: Sequence[tuple[Any, ...]], share: float, *, by_label: bool = True
 ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
     """Split rows (texts..., label) into the rest and a held-out share, the same way every time.
 
     Rows whose texts differ only in case, digits, punctuation or spacing fall on the same side, so
     nothing held out was seen in training; of such twins only the first is held out. Each label
-    gives its own share. The order is that of a hash of the text: adding rows moves no other.
+    gives its own share and keeps a row (not `by_label`: all rows are one). The order is that of a
+    hash of the text: adding rows moves no other.
     """
     groups: dict[Any, dict[str, list[int]]] = {}
     owner: dict[str, dict[str, list[int]]] = {}
-    for i, (*texts, label) in enumerate(rows):
+    labels = [_class(row[-1]) if by_label else "" for row in rows]
+    counts = Counter(labels)
+    for i, (*texts, _) in enumerate(rows):
         key = _skeleton(texts)
         # Twins with different labels follow the label that came first.
-        mine = owner.setdefault(key, groups.setdefault(label, {}))
+        mine = owner.setdefault(key, groups.setdefault(labels[i], {}))
         mine.setdefault(key, []).append(i)
     held: set[int] = set()
     away: set[int] = set()
     for label, twins in groups.items():
-        wanted = max(1, round(share * sum(row[-1] == label for row in rows)))
+        wanted = max(1, round(share * counts[label]))
         ranked = sorted(twins, key=lambda key: hashlib.sha256(key.encode()).digest())
         for key in ranked[: min(wanted, len(ranked) - 1)]:
             held.add(twins[key][0])
@@ -151,7 +161,7 @@ def read(file: str | Path) -> list[Row]:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as lines:
             rows = list(_parse(lines, kind, path))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as problem:
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as problem:
         raise UnmaskError(
             f"{path} can't be read: {problem}; give an existing UTF-8 file"
         ) from problem
@@ -168,7 +178,7 @@ def _parse(lines: Iterable[str], kind: str, path: Path) -> Iterator[Row]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as problem:
+            except (ValueError, RecursionError) as problem:
                 raise UnmaskError(
                     f"{path}, line {number} is no JSON object ({problem}); one object a line"
                 ) from problem
@@ -193,8 +203,22 @@ def _columns(rows: Sequence[Row], columns: Sequence[str], source: Any) -> list[t
                 raise UnmaskError(
                     f"{source}, row {number} has no {column!r}; fill it in or drop it"
                 )
+            if not _is_text(value):
+                raise UnmaskError(
+                    f"{source}, row {number} has {value!r:.80} as its {column!r}; it must be "
+                    "a text that UTF-8 can write, or a number"
+                )
         picked.append((*map(str, values[:-1]), values[-1]))
     return picked
+
+
+def _is_text(value: Any) -> bool:
+    """Lists and objects aren't, nor is half of a surrogate pair, which JSON can write."""
+    try:
+        str(value).encode()
+    except ValueError:
+        return False
+    return not isinstance(value, list | dict)
 
 
 def _of_task(task: Task, splits: Mapping[str, Sequence[Row]]) -> Data:
@@ -215,7 +239,7 @@ def _of_task(task: Task, splits: Mapping[str, Sequence[Row]]) -> Data:
 def _known(task: Task, label: Any, source: str) -> int | float:
     try:
         number = float(label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if task.regression and math.isfinite(number):
         return number
@@ -254,7 +278,7 @@ def _quantities(values: Sequence[Any], *, whole: bool = False) -> list[float] | 
             return None
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
         if not math.isfinite(number):
             return None

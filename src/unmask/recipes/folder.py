@@ -8,14 +8,18 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import UnmaskError
+from unmask.errors import UnmaskError, UnmaskWarning
+from unmask.recipes.manifest import flaw
 
 CONFIG, METRICS, PROGRESS = "config.json", "metrics.json", "progress.json"
+# What a run writes, also under a temporary name; all else in its folder is somebody else's.
+OWN = re.compile(r"(config\.json|metrics\.json|delta|series|checkpoint-\d+|\..+\.[0-9a-f]{8}\.tmp)")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class RunFolder:
         return (self.path / METRICS).is_file()
 
     def checkpoints(self) -> list[Path]:
-        """The whole checkpoints, oldest first."""
+        """The folders of checkpoints, oldest first."""
         steps = {
             int(match[1]): folder
             for folder in self.path.glob("checkpoint-*")
@@ -52,18 +56,44 @@ class RunFolder:
         }
         return [steps[step] for step in sorted(steps)]
 
-    def rotate(self, limit: int | None, best: str | None) -> None:
-        """Keep `limit` checkpoints, the newest and the best among them; the others go at once."""
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; none if the run had no time for any."""
+        flaws: list[str] = []
+        for checkpoint in reversed(self.checkpoints()):
+            if (found := flaw(checkpoint)) is None:
+                if flaws:
+                    said = f"{', '.join(flaws)}; going on from {checkpoint.name}"
+                    warnings.warn(said, UnmaskWarning, stacklevel=2)
+                return checkpoint
+            flaws.append(f"{checkpoint.name} isn't whole ({found})")
+        if flaws:
+            raise UnmaskError(
+                f"{str(self.path)!r} has no whole checkpoint to go on from: {', '.join(flaws)}; "
+                "put back what is missing, or start anew with --overwrite"
+            )
+        return None
+
+    def rotate(self, newest: Path, limit: int | None, best: str | None) -> None:
+        """Keep `limit` checkpoints, the newest and the best among them; the others go at once.
+
+        What claims to be newer still is damaged, and the run went back behind it."""
         found = self.checkpoints()
-        spare = [c for c in found[:-1] if best is None or c.name != Path(best).name]
-        excess = 0 if not limit else max(0, len(found) - limit)
-        for checkpoint in spare[:excess]:
+        older = found[: found.index(newest)]
+        spare = [c for c in older if best is None or c.name != Path(best).name]
+        excess = 0 if not limit else max(0, len(older) + 1 - limit)
+        for checkpoint in spare[:excess] + found[len(older) + 1 :]:
             gone = checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}.tmp")
             checkpoint.rename(gone)  # a kill while deleting leaves no half checkpoint
             shutil.rmtree(gone)
 
     def check_new(self, *, overwrite: bool) -> None:
         """Refuse a folder that holds something, unless it is a run to overwrite."""
+        home = next(part for part in (self.path, *self.path.parents) if part.exists())
+        if home != self.path and not (home.is_dir() and os.access(home, os.W_OK)):
+            raise UnmaskError(
+                f"can't write a run into {str(self.path)!r}: {str(home)!r} is no folder that can "
+                "be written to; name another with --out"
+            )
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not self.is_run:
@@ -79,13 +109,14 @@ class RunFolder:
             )
 
     def claim(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Begin a run here."""
-        self.check_new(overwrite=overwrite)
+        """Begin a run here; of one that is overwritten, remove what it wrote."""
         try:
             if self.is_run:
+                self.check_new(overwrite=overwrite)
                 # The config goes last: a kill in between leaves a folder that still says "run".
-                for part in sorted(self.path.iterdir(), key=lambda part: part.name == CONFIG):
-                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+                own = [part for part in self.path.iterdir() if OWN.fullmatch(part.name)]
+                for part in sorted(own, key=lambda part: (part.name == CONFIG, part.is_dir())):
+                    _remove(part)
             self.path.mkdir(parents=True, exist_ok=True)
             self.write(CONFIG, config)
         except OSError as problem:
@@ -96,13 +127,14 @@ class RunFolder:
     def tidy(self) -> None:
         """Remove what a kill left under temporary names."""
         for leftover in self.path.rglob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if OWN.fullmatch(leftover.name):
+                _remove(leftover)
 
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the run."""
         try:
             found = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, RecursionError) as problem:
             raise UnmaskError(
                 f"{str(self.path)!r} is no run folder: {name} can't be read ({problem}); "
                 "give the folder that `unmask train` named"
@@ -149,6 +181,10 @@ def whole_folder(final: Path) -> Iterator[Path]:
         _flush(final.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove(part: Path) -> None:
+    shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
 
 
 def _flush(path: Path) -> None:

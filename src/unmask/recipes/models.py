@@ -61,6 +61,12 @@ def load(name: str, task: Task, seed: int) -> Loaded:
 def encode(loaded: Loaded, task: Task, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Token ids and labels, one dict a row, cut to the task's length and the model's own."""
     longest = min(task.max_length, _positions(loaded))
+    pair = len(task.text) > 1
+    if longest <= (marks := loaded.tokenizer.num_special_tokens_to_add(pair)):
+        raise UnmaskError(
+            f"max_length={longest} leaves no room for text beside the {marks} marks that this "
+            "tokenizer adds; raise --max-length"
+        )
     columns = [list(column) for column in zip(*(e.text for e in examples), strict=True)]
     encoded = loaded.tokenizer(*columns, truncation=True, max_length=longest)
     kind = float if task.regression else int

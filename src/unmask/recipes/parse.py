@@ -130,6 +130,22 @@ def convert(value: Any, hint: Any, key: str, option: str = "--set") -> Any:
     raise UnmaskError(f"{option} {key}={value!r}: {key} must be {names}")
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value as JSON has it is what a type hint asks for.
+
+    >>> fits(["a"], tuple[str, ...]), fits([1], tuple[str, ...]), fits(1, float), fits(True, int)
+    (True, False, True, False)
+    """
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(fits(part, parts[0]) for part in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else kind or hint)
+
+
 def _kinds(hint: Any) -> list[type]:
     """The plain classes that a type hint allows."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -6,6 +6,7 @@ bytes (`plan_model`, `plan_blank`), while every storage is metered (`plan_meter`
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -159,6 +160,7 @@ def parse_memory(text: str) -> int:
     1536
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS:
+    size = float(match[1]) * UNITS.get(match[2].upper(), math.nan) if match else math.nan
+    if not math.isfinite(size):
         raise UnmaskError(f"{text!r} is no amount of memory; write 24GB, 80GiB or 512MB, say")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return int(size)

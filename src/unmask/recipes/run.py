@@ -30,9 +30,9 @@ def train(
     """Fine-tune as asked, leave delta/, metrics.json and config.json in the run folder, and return
     the metrics.
 
-    resume     go on from the folder's last checkpoint, to the very delta of an uninterrupted run;
-               a finished run is only read, a missing one started
-    overwrite  replace a run that lies in the folder
+    resume     go on from the folder's last whole checkpoint, to the very delta of an uninterrupted
+               run; a finished run is only read, a missing one started
+    overwrite  replace a run that lies in the folder, once the new one has taken a step
     console    where to draw progress (none: nowhere)
     """
     method = choose.method(config.method, parse_budget(config.budget), config.settings)
@@ -58,11 +58,16 @@ def train(
 
             session = Session(config, folder, source)
             session.attach(method)
-        if not goes_on:
-            folder.claim(config.to_dict(), overwrite=overwrite)
-        folder.tidy()
+        if goes_on:
+            folder.tidy()
+
+        def claim() -> None:
+            if not goes_on:
+                folder.claim(config.to_dict(), overwrite=overwrite)
+
+        last = folder.last_checkpoint() if goes_on else None
         with _waiting(console, "measuring before training"):
-            session.begin(folder.checkpoints(), console)
+            session.begin(last, console, claim)
         session.train()
         with _waiting(console, "measuring after training"):
             metrics = session.report(session.keep(folder.delta))
@@ -99,7 +104,22 @@ def asked(given: Mapping[str, Any], *, resume: bool) -> RunConfig:
             raise UnmaskError(f"--{name} and --set {key} are the same setting; give one of them")
     if resume and RunFolder(Path(given["out"])).is_run:
         return replace(saved(given["out"]), **given)
+    if resume and not given.keys() - {"out", "settings"}:  # nothing says what to start instead
+        raise UnmaskError(
+            f"--resume continues the run in --out, but {given['out']!r} holds none; "
+            "check the name, or say which run to start: --task, --model, ..."
+        )
     return RunConfig(**given)
+
+
+def begun(config: RunConfig) -> bool:
+    """Whether the config's folder holds this very run, unfinished."""
+    folder = RunFolder(Path(str(config.out)))
+    try:
+        same = saved(folder.path).to_dict() == config.to_dict()
+    except UnmaskError:
+        return False
+    return same and not folder.finished
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,21 +21,22 @@ import unmask
 from unmask import Delta, Method, UnmaskError, attach
 from unmask.delta import fingerprint
 from unmask.integrations.transformers import UnmaskCallback
-from unmask.recipes import choose, models, presets, wrappers
+from unmask.recipes import choose, models, wrappers
+from unmask.recipes.arguments import arguments, explained
 from unmask.recipes.config import RunConfig
 from unmask.recipes.data import Data
 from unmask.recipes.folder import PROGRESS, RunFolder, whole_folder
 from unmask.recipes.progress import ProgressBar
-from unmask.recipes.trainer import Ranks, Recorder, RunTrainer
+from unmask.recipes.trainer import Ranks, Recorder, RunTrainer, Start
 
 
 class Session:
-    """The parts of a run, made from its config; nothing is written until `train`."""
+    """The parts of a run, made from its config; nothing is written until a step is taken."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, source: Data) -> None:
         self.config, self.folder, self.source = config, folder, source
         self.task = source.task
-        self.arguments = arguments(config, source, folder)
+        self.arguments = arguments(config, source.task, str(folder.path))
         self.loaded = models.load(config.model, self.task, config.seed)
         model = self.loaded.model.to(self.arguments.device)
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -63,23 +64,29 @@ class Session:
         )
         if hasattr(self.inside, "update_and_allocate"):
             wrappers.check_ranked(self.loaded.model)
-        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(self.arguments)
-        options |= {"lr": config.lr, "weight_decay": self.arguments.weight_decay}
-        self.optimizer = self.tuner.optimizer(kind, **options)
+        with explained(config):
+            kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(self.arguments)
+            options |= {"lr": config.lr, "weight_decay": self.arguments.weight_decay}
+            self.optimizer = self.tuner.optimizer(kind, **options)
 
-    def begin(self, checkpoints: Sequence[Path], console: Console | None) -> None:
-        """Make the trainer, to go on from the last checkpoint if there is any."""
-        self.checkpoint = str(checkpoints[-1]) if checkpoints else None
+    def begin(
+        self, checkpoint: Path | None, console: Console | None, claim: Callable[[], None]
+    ) -> None:
+        """Make the trainer, to go on from the checkpoint if there is one; `claim` is called when
+        the first step is taken."""
+        self.checkpoint = None if checkpoint is None else str(checkpoint)
+        self.start = Start(claim)
         self.bar = ProgressBar(self.tuner, console) if console else None
         recorder = Recorder(self.tuner, self.config.save_at, self.measure, self.keep_level)
-        callbacks: list[Any] = [UnmaskCallback(self.tuner)]
+        callbacks: list[Any] = [self.start, UnmaskCallback(self.tuner)]
         if hasattr(self.inside, "update_and_allocate"):  # before the recorder looks
             callbacks.append(Ranks(self.inside, self.tuner, self.optimizer))
         callbacks += [recorder, *([self.bar] if self.bar else [])]
-        self.trainer = self._trainer(optimizers=(self.optimizer, None), callbacks=callbacks)
-        if self.checkpoint is None:
-            self.before = self.measure()[0]
-        else:
+        with explained(self.config):
+            self.trainer = self._trainer(optimizers=(self.optimizer, None), callbacks=callbacks)
+            if self.checkpoint is None:
+                self.before = self.measure()[0]
+        if self.checkpoint is not None:
             done = RunFolder(Path(self.checkpoint)).read(PROGRESS)
             self.before, self.seconds = done["before"], done["train_seconds"]
             recorder.resume(done)
@@ -89,7 +96,8 @@ class Session:
         """Take all steps that are left."""
         self._clock = time.perf_counter()
         try:
-            self.trainer.train(resume_from_checkpoint=self.checkpoint)
+            with explained(self.config, unless=lambda: self.start.done):
+                self.trainer.train(resume_from_checkpoint=self.checkpoint)
         finally:
             if self.bar:
                 self.bar.close()
@@ -228,28 +236,6 @@ class Session:
 
     def _compute_metrics(self, predicted: Any) -> dict[str, float]:
         return {self.task.metric: self.task.score(predicted.predictions, predicted.label_ids)}
-
-
-def arguments(config: RunConfig, source: Data, folder: RunFolder) -> transformers.TrainingArguments:
-    """The trainer's arguments: ours, then what the user set."""
-    task = source.task
-    # Said outright, else the arguments refuse bf16 on a machine without an accelerator.
-    defaults = presets.training(task) | {"use_cpu": not torch.accelerator.is_available()}
-    try:
-        return transformers.TrainingArguments(
-            output_dir=str(folder.path),
-            num_train_epochs=task.epochs,
-            per_device_train_batch_size=config.batch_size,
-            learning_rate=float(config.lr or 0),
-            seed=config.seed,
-            disable_tqdm=True,
-            log_level="error",
-            **config.training(defaults),
-        )
-    except (ValueError, TypeError) as problem:
-        if isinstance(problem, UnmaskError):
-            raise
-        raise UnmaskError(f"the training settings don't fit together: {problem}") from problem
 
 
 def peak_memory() -> int:

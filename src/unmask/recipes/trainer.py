@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from unmask import Tuner
 from unmask.integrations.transformers import training_loss
 from unmask.recipes.folder import PROGRESS, RunFolder, whole_folder, write_json
+from unmask.recipes.manifest import MANIFEST, manifest
 
 
 class RunTrainer(transformers.Trainer):
@@ -33,7 +34,11 @@ class RunTrainer(transformers.Trainer):
     ) -> None:
         self.folder, self.progress = folder, progress
         self._staging: Path | None = None
+        existed = folder.path.exists()
         super().__init__(**options)
+        if not existed:  # the trainer makes it at once, a run with its first step
+            with contextlib.suppress(OSError):  # only one of several processes can
+                folder.path.rmdir()
         self.remove_callback(transformers.PrinterCallback)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -60,7 +65,8 @@ class RunTrainer(transformers.Trainer):
             self.state.best_model_checkpoint = before
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
             write_json(staging / PROGRESS, self.progress())
-        self.folder.rotate(self.args.save_total_limit, self.state.best_model_checkpoint)
+            write_json(staging / MANIFEST, manifest(staging))
+        self.folder.rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The delta only: the tokenizer is the base model's, the arguments stand in config.json."""
@@ -126,6 +132,22 @@ def random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+class Start(transformers.TrainerCallback):
+    """Calls `begin` once, after the first step: till then a run may turn out not to work.
+
+    done   whether that step has been taken
+    """
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin, self.done = begin, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before anything of this step is kept."""
+        if not self.done:
+            self.begin()
+            self.done = True
 
 
 class Recorder(transformers.TrainerCallback):
