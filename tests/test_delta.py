@@ -22,6 +22,7 @@ from unmask.delta import Delta, Sparse, fingerprint
 from unmask.errors import UnmaskError
 from unmask.kernels import swap, swap_cpu
 from unmask.layouts import LAYOUTS
+from unmask.places import Places
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -646,7 +647,7 @@ def test_an_undo_shares_nothing_that_can_be_changed():
     model = nn.Linear(2, 2)
     at = torch.tensor([0, 3])
     base = {"weight": Sparse((2, 2), at, model.weight.detach().view(-1)[at])}
-    new = {"weight": base["weight"].holding(torch.ones(2))}
+    new = {"weight": Sparse((2, 2), base["weight"].indices, torch.ones(2))}
     delta = Delta(new, base=fingerprint(base), info={"inner": {"a": 1}})
     undo = delta.apply(model)
     undo.info["inner"]["a"] = 2
@@ -654,3 +655,60 @@ def test_an_undo_shares_nothing_that_can_be_changed():
     again.sparse.clear()
     assert delta.info == {"inner": {"a": 1}}
     assert list(delta.sparse) == list(undo.sparse) == ["weight"]
+
+
+# As few vectors
+
+
+def test_parts_of_one_vector_are_joined_without_a_copy():
+    whole = torch.arange(9.0)
+    at = torch.arange(9)
+    cases = {
+        "in order": ([(0, 3), (3, 5), (5, 9)], True),
+        "from the middle": ([(2, 3), (3, 7)], True),
+        "another order": ([(3, 5), (0, 3)], False),
+        "a gap": ([(0, 3), (4, 6)], False),
+    }
+    for case, (cuts, shared) in cases.items():
+        parts = {
+            f"{k}": Sparse((9,), at[: b - a].clone(), whole[a:b]) for k, (a, b) in enumerate(cuts)
+        }
+        places, (values,) = Places.of(parts)
+        assert values.tolist() == [x for a, b in cuts for x in whole[a:b].tolist()], case
+        assert (values.untyped_storage().data_ptr() == whole.data_ptr()) == shared, case
+        for name, part in places.sparse((values,)).items():
+            assert torch.equal(part.values, parts[name].values)
+            assert torch.equal(part.indices, parts[name].indices)
+
+
+def test_places_of_several_dtypes_keep_the_order_of_names():
+    at = torch.tensor([0])
+    named = {
+        name: Sparse((2,), at, torch.tensor([k], dtype=dtype))
+        for k, (name, dtype) in enumerate(zip("abcd", [*DTYPES[:2]] * 2, strict=True))
+    }
+    places, values = Places.of(named)
+    assert len(values) == 2
+    found = places.sparse(values)
+    assert list(found) == list("abcd")
+    assert [part.values.item() for part in found.values()] == [0, 1, 2, 3]
+    assert places.fingerprint(values) == fingerprint(dict(reversed(named.items())))
+
+
+def test_nothing_at_all_has_places():
+    places, values = Places.of({})
+    assert (values, places.sparse(values), places.names) == ((), {}, [])
+    empty = {"a": Sparse((2,), torch.tensor([], dtype=torch.int64), torch.tensor([]))}
+    assert fingerprint(empty) != fingerprint({})
+
+
+def test_an_undo_has_its_scalars_by_name():
+    model, delta = network(), network_delta()
+    undo = delta.apply(model)
+    assert "sparse" not in vars(undo)
+    held = {name: p.detach().clone() for name, p in network().named_parameters()}
+    for name, part in undo.sparse.items():
+        assert torch.equal(part.values, held[name].view(-1)[part.indices])
+    assert fingerprint(undo.sparse) == undo.after == delta.base
+    with pytest.raises(AttributeError, match="no attribute 'sprase'"):
+        undo.sprase  # noqa: B018

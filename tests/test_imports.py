@@ -44,6 +44,7 @@ ORDER = [
     "driver",
     "sealed",
     "sparse",
+    "places",
     "codec",
     "layouts",
     "delta",

@@ -16,9 +16,14 @@ from torch import Tensor, nn
 from unmask.delta import Delta, Sparse, fingerprint
 from unmask.errors import UnmaskError, UnmaskWarning
 from unmask.kernels import lazy, swap, swap_cpu
-from unmask.kernels.swap import INTEGER, Exchange, Move, gather
-from unmask.sparse import blank
-from unmask.sparse import moves as moves_of
+from unmask.kernels.swap import INTEGER, Exchange, Move, Moves, gather
+from unmask.places import Places
+
+
+def each(moves: list[Move]) -> list[Moves]:
+    """One by one."""
+    return [Moves.of(move) for move in moves]
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -77,22 +82,24 @@ def test_compiled_and_plain_agree_to_the_bit():
             before = weights(mine)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(swap, "compiled", lambda *_, module=module: module)
-                exchange = Exchange(mine)
+                exchange = Exchange(each(mine))
                 assert exchange.start()
                 exchange.finish()
                 written, found = weights(mine), [bytes_of(move.old) for move in mine]
                 there = [move._replace(old=torch.zeros_like(move.old)) for move in mine]
-                gather(there)
+                gather(each(there))
                 assert [bytes_of(move.old) for move in there] == [bytes_of(m.new) for m in case]
                 # Back, to what is known; then forth again, but not quite.
                 back = [move._replace(new=move.old, old=move.new) for move in mine]
-                exchange = Exchange(back, known=True)
+                exchange = Exchange(each(back), known=True)
                 assert exchange.start()
                 exchange.finish()
                 assert weights(mine) == before
                 exchange.revert()
                 assert weights(mine) == written
-                assert Exchange(mine, known=True).start() == (not any(m.at.numel() for m in case))
+                assert Exchange(each(mine), known=True).start() == (
+                    not any(m.at.numel() for m in case)
+                )
             results.append((written, found))
         assert results[0] == results[1]
 
@@ -118,18 +125,18 @@ def some_moves(count: int = 4) -> list[Move]:
 
 def test_a_different_bit_anywhere_is_noticed_and_all_taken_back(kernels):
     case = some_moves()
-    gather(case)
+    gather(each(case))
     for move in case:
         for i in (0, 57, len(move.at) - 1):
             bits = move.old.view(INTEGER[move.old.element_size()])
             bits[i] ^= 1
             before = weights(case)
-            exchange = Exchange(case, known=True)
+            exchange = Exchange(each(case), known=True)
             assert not exchange.start()
             exchange.revert()
             assert weights(case) == before
             bits[i] ^= 1
-    assert Exchange(case, known=True).start()
+    assert Exchange(each(case), known=True).start()
 
 
 @pytest.mark.parametrize("halt", [0, 1, 5, 250])
@@ -150,7 +157,7 @@ def test_an_interrupt_amid_the_exchange_leaves_no_trace(halt: int, monkeypatch, 
 
     caught: list[KeyboardInterrupt] = []
     monkeypatch.setattr(swap_cpu, "_move", interrupted)
-    exchange = Exchange(case)
+    exchange = Exchange(each(case))
     with pytest.raises(KeyboardInterrupt):
         exchange.start()
     caught.append(KeyboardInterrupt())
@@ -166,7 +173,7 @@ def test_tensors_that_share_memory_get_the_plain_exchange(kernels):
     at, old = torch.tensor([2, 3]), torch.empty(2)
     one = Move(memory[:6], at, torch.tensor([-2.0, -3.0]), old)
     two = Move(memory[1:7], at, torch.tensor([-3.0, -4.0]), old.clone())
-    exchange = Exchange([one, two])
+    exchange = Exchange(each([one, two]))
     assert exchange._compiled is None
     assert exchange.start()
     assert one.old.tolist() == [2, 3]
@@ -183,14 +190,15 @@ def test_reading_and_writing_keep_every_bit(kernels):
     at = torch.arange(0, 350, 3)
     sparse = {n: Sparse((50, 7), at, noise((117,), t.dtype, generator)) for n, t in tensors.items()}
     held = {n: t.view(INTEGER[t.element_size()]).view(-1)[at] for n, t in tensors.items()}
-    before, after = blank(sparse), blank(sparse)
-    exchange = Exchange(moves_of(sparse, tensors, before))
+    places, values = Places.of(sparse)
+    before, after = places.room(), places.room()
+    exchange = Exchange(places.moves(tensors, values, before))
     exchange.start()
     exchange.finish()
-    for name, part in before.items():
+    for name, part in places.sparse(before).items():
         assert torch.equal(part.values.view(held[name].dtype), held[name])
-    gather(moves_of(after, tensors, after))
-    assert fingerprint(after) == fingerprint(sparse)
+    gather(places.moves(tensors, after, after))
+    assert places.fingerprint(after) == fingerprint(places.sparse(after)) == fingerprint(sparse)
 
 
 def test_autograd_learns_of_what_is_written_and_of_nothing_else(kernels):
@@ -198,11 +206,11 @@ def test_autograd_learns_of_what_is_written_and_of_nothing_else(kernels):
     move = Move(weight, torch.tensor([1]), torch.zeros(1), torch.zeros(1))
     with torch.no_grad():
         version = weight._version
-        exchange = Exchange([move])
+        exchange = Exchange(each([move]))
         exchange.start()
         exchange.revert()
         assert weight._version == version
-        exchange = Exchange([move])
+        exchange = Exchange(each([move]))
         exchange.start()
         exchange.finish()
     assert weight._version > version
@@ -214,7 +222,7 @@ def test_an_index_changed_behind_our_back_is_no_crash(monkeypatch):
     model = nn.Linear(4, 1, bias=False)
     before = bytes_of(model.weight)
     part = Sparse((1, 4), torch.tensor([0, 2]), model.weight.detach().view(-1)[[0, 2]])
-    new = part.holding(torch.ones(2))
+    new = Sparse((1, 4), part.indices, torch.ones(2))
     delta = Delta({"weight": new}, base=fingerprint({"weight": part}))
     for wrong in (4, -1, 2**40, 0):
         part.indices[1] = wrong
@@ -230,7 +238,7 @@ def test_an_index_that_is_wrong_late_leaves_no_trace(share: int, monkeypatch):
     for wrong in (10**12, -1, 40):
         done = [Move(torch.zeros(50), torch.arange(45), torch.ones(45), torch.empty(45))]
         done[0].at[44] = wrong
-        exchange = swap_cpu.Exchange(done, known=False)
+        exchange = swap_cpu.Exchange(each(done), known=False)
         with pytest.raises(UnmaskError, match="outside of its tensor"):
             exchange.start()
         exchange.revert()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from unmask.allot import down
 from unmask.delta import Delta
 from unmask.errors import UnmaskError, UnmaskWarning
-from unmask.sparse import Sparse, fingerprint
+from unmask.places import fingerprint
+from unmask.sparse import Sparse
 
 __all__ = ["Overlap", "compose", "distance", "intersect", "overlap", "subtract"]
 

@@ -20,7 +20,8 @@ from unmask import sealed
 from unmask.errors import UnmaskError
 from unmask.kernels.swap import Exchange, gather
 from unmask.layouts import LAYOUTS, Content
-from unmask.sparse import Sparse, bits, blank, describe, fingerprint, held_by, moves, target
+from unmask.places import Places, Values, fingerprint
+from unmask.sparse import Sparse, bits, describe, held_by, target
 
 __all__ = ["Delta", "Row", "Sparse", "fingerprint"]
 
@@ -92,7 +93,8 @@ class Delta:
     @cached_property
     def after(self) -> str:
         """Fingerprint of the delta's own values: what a model has once it is applied."""
-        return fingerprint(self.sparse)
+        places, values = self._joint
+        return places.fingerprint(values)
 
     def __repr__(self) -> str:
         counts = {
@@ -176,19 +178,19 @@ class Delta:
         with torch.no_grad():
             return self._swap(self._targets(model), vars(self).get("_undoes"))
 
-    def _swap(
-        self, targets: Mapping[str, Tensor], known: Mapping[str, Sparse] | None = None
-    ) -> Delta:
+    def _swap(self, targets: Mapping[str, Tensor], known: Values | None = None) -> Delta:
         """As `apply`. An undo has `known`: what it takes away, there unless someone moved it."""
-        before = known or blank(self.sparse)
+        places, values = self._joint
+        before = known or places.room()
         full = {name: targets[name] for name in self.full}
         buffers = {name: targets[name] for name in self.buffers}
         undo = copy(self)  # as valid as this one, so that it needs no checks
-        vars(undo).update(sparse=dict(before), full=_copies(full), buffers=_copies(buffers))
+        vars(undo).pop("sparse", None)
+        vars(undo).update(_joint=(places, before), full=_copies(full), buffers=_copies(buffers))
         vars(undo).update(base=self.after, info=deepcopy(self.info))
-        vars(undo).update(after=self.base, _undoes=self.sparse)  # as is known already
+        vars(undo).update(after=self.base, _undoes=values)  # as is known already
         with ExitStack() as rollback:
-            exchange = Exchange(moves(self.sparse, targets, before), bool(known))
+            exchange = Exchange(places.moves(targets, values, before), bool(known))
             rollback.callback(exchange.revert)  # also after an interrupt, or out of memory
             if not exchange.start():  # the fingerprint says what is wrong
                 rollback.close()
@@ -208,13 +210,14 @@ class Delta:
         """
         scalars = Delta(self.sparse, base=self.base, info=self.info)
         with torch.no_grad():
-            found = blank(self.sparse)
-            gather(moves(found, scalars._targets(model), found))
-            self._check(found)
-            return found
+            places, _ = scalars._joint
+            found = places.room()
+            gather(places.moves(scalars._targets(model), found, found))
+            scalars._check(found)
+            return places.sparse(found)
 
-    def _check(self, found: Mapping[str, Sparse]) -> None:
-        if (other := fingerprint(found)) != self.base:
+    def _check(self, found: Values) -> None:
+        if (other := self._joint[0].fingerprint(found)) != self.base:
             raise UnmaskError(self._wrong_base(other))
 
     def _write_whole(self, targets: Mapping[str, Tensor]) -> None:
@@ -225,10 +228,12 @@ class Delta:
         """Find the tensors of `model` that the delta changes; all are fit to be written to."""
         if not isinstance(model, nn.Module):
             raise UnmaskError(f"a delta is of a torch.nn.Module, not of {model!r}; give its base")
-        parameters = held_by(model, "parameters", [*self.sparse, *self.full])
+        places, _ = self._joint
+        parameters = held_by(model, "parameters", [*places.names, *self.full])
         targets = {
-            name: target(parameters, name, part.shape, part.values.dtype)
-            for name, part in self.sparse.items()
+            name: target(parameters, name, shape, group.dtype)
+            for group in places.groups
+            for name, shape in zip(group.names, group.shapes, strict=True)
         }
         buffers = held_by(model, "buffers", self.buffers)
         for held, whole in ((parameters, self.full), (buffers, self.buffers)):
@@ -248,6 +253,19 @@ class Delta:
             f"{found[:12]}: another model or revision, or one that was trained further, went "
             "through another dtype or has another delta applied; load the base afresh"
         )
+
+    @cached_property
+    def _joint(self) -> tuple[Places, Values]:
+        """The scalars as few vectors, of which `sparse` then has parts."""
+        places, values = Places.of(self.sparse)
+        object.__setattr__(self, "sparse", places.sparse(values))
+        return places, values
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sparse" and "_joint" in vars(self):  # an undo's, made when someone asks for it
+            places, values = self._joint
+            return vars(self).setdefault(name, places.sparse(values))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _stored(self, layout: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return LAYOUTS[layout].encode(Content(self.sparse, self.full, self.buffers))

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import math
-from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,16 +14,12 @@ from torch.nn.parameter import is_lazy
 
 from unmask.eligible import FLOATS
 from unmask.errors import UnmaskError
-from unmask.kernels.swap import Move
 
 __all__ = [
     "Sparse",
     "bits",
-    "blank",
     "describe",
-    "fingerprint",
     "held_by",
-    "moves",
     "target",
 ]
 
@@ -69,52 +61,12 @@ class Sparse:
         """Scalars of the whole tensor."""
         return math.prod(self.shape)
 
-    def holding(self, values: Tensor) -> Sparse:
-        """Return the same positions with other values, of as many scalars in CPU memory."""
-        other = object.__new__(Sparse)
-        held = vars(other)  # valid by what is promised: not checked
-        held["shape"], held["indices"], held["values"] = self.shape, self.indices, values
+    @classmethod
+    def valid(cls, shape: tuple[int, ...], indices: Tensor, values: Tensor) -> Sparse:
+        """Made of what is known to be valid: not checked."""
+        other = object.__new__(cls)
+        vars(other).update(shape=shape, indices=indices, values=values)
         return other
-
-
-def blank(sparse: Mapping[str, Sparse]) -> dict[str, Sparse]:
-    """Return the same positions with room for as many values."""
-    counts: defaultdict[torch.dtype, list[int]] = defaultdict(list)
-    for part in sparse.values():
-        counts[part.values.dtype].append(part.values.numel())
-    # A few large vectors instead of many small ones.
-    room = {d: iter(torch.empty(sum(n), dtype=d).split(n)) for d, n in counts.items()}
-    return {name: part.holding(next(room[part.values.dtype])) for name, part in sparse.items()}
-
-
-def moves(
-    new: Mapping[str, Sparse], tensors: Mapping[str, Tensor], old: Mapping[str, Sparse]
-) -> list[Move]:
-    """Return what is to be moved to and from `tensors`, of these shapes and dtypes."""
-    return [
-        Move(tensors[name], part.indices, part.values, old[name].values)
-        for name, part in new.items()
-    ]
-
-
-def fingerprint(sparse: Mapping[str, Sparse]) -> str:
-    """SHA-256 over names, shapes, dtypes and the raw bytes of the values, by sorted name.
-
-    Handed a base's values at the changed positions, it identifies that base in O(B).
-    """
-    digest = hashlib.sha256()
-    for name, part in sorted(sparse.items()):
-        values = part.values
-        digest.update(_header(name, part.shape, values.dtype, values.numel()))
-        raw = bits(values) if values.dtype == torch.bfloat16 else values  # which numpy lacks
-        digest.update(raw.numpy().data)
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=1 << 14)  # hashed anew at every swap of the same deltas
-def _header(name: str, shape: tuple[int, ...], dtype: torch.dtype, count: int) -> bytes:
-    # JSON delimits itself and the count delimits the bytes: no two contents share a stream.
-    return json.dumps([name, shape, str(dtype), count]).encode()
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -213,7 +213,8 @@ class UnmaskModel(BaseTuner):
         layer.create(adapter_name, config, eligible, active and not config.inference_mode)
         if fresh:
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        if method.strategy.needs_steps and config.steps is None and not config.inference_mode:
+        asks = method.strategy.needs_steps and config.steps is None
+        if (asks or config.gradients == "streaming") and not config.inference_mode:
             _listen_to_trainers()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -247,7 +248,8 @@ class UnmaskModel(BaseTuner):
 
 
 def _listen_to_trainers() -> None:
-    """Have every transformers Trainer made from now on tell sparse adapters its number of steps."""
+    """Have every transformers Trainer made from now on tell sparse adapters its number of steps,
+    and when it has ended."""
     try:
         from transformers import TrainerCallback, trainer
     except (ImportError, RuntimeError):  # no trainer, so no need
@@ -256,7 +258,7 @@ def _listen_to_trainers() -> None:
         return
 
     class TellSteps(TrainerCallback):
-        """The number of optimiser steps, for schedules that end with training."""
+        """The number of optimiser steps, for schedules that end with training; and that end."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             for module in kwargs["model"].modules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from unmask.kernels.lazy import compiled
 if TYPE_CHECKING:  # brings numba in
     from unmask.kernels import swap_cpu
 
-__all__ = ["Exchange", "Move", "gather", "scatter"]
+__all__ = ["Exchange", "Move", "Moves", "gather", "scatter"]
 
 # Values travel as integers of their width: then no float rule can touch a NaN's payload or a -0.0.
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,11 +33,36 @@ class Move(NamedTuple):
     old: Tensor
 
 
-def gather(moves: Sequence[Move]) -> None:
+class Moves(NamedTuple):
+    """Many tensors' moves in three vectors: those of tensors[k] are starts[k]:starts[k + 1]."""
+
+    tensors: Sequence[Tensor]
+    starts: np.ndarray[Any, Any]
+    at: Tensor
+    new: Tensor
+    old: Tensor
+
+    @classmethod
+    def of(cls, move: Move) -> Moves:
+        """One tensor's."""
+        return cls([move.tensor], np.array([0, len(move.at)]), *move[1:])
+
+    def each(self) -> list[Move]:
+        """One after another."""
+        counts = np.diff(self.starts).tolist()
+        vectors = (vector.split(counts) for vector in (self.at, self.new, self.old))
+        return [Move(*parts) for parts in zip(self.tensors, *vectors, strict=True)]
+
+
+def gather(moves: Sequence[Moves]) -> None:
     """Read every move's scalars into `old`."""
-    if kernels := _kernels(moves):
-        able, moves = _split(moves)
+    kernels, able, rest = _shared_out(moves)
+    if kernels:
         kernels.gather(able)
+    _gather(rest)
+
+
+def _gather(moves: Sequence[Move]) -> None:
     for move in moves:
         _flat(move.old).copy_(_read(move))
 
@@ -60,19 +86,21 @@ class Exchange:
     scalar's memory is fetched once and not twice.
     """
 
-    def __init__(self, moves: Sequence[Move], known: bool = False) -> None:
-        self._moves, self._known, self._writing = moves, known, False
+    def __init__(self, moves: Sequence[Moves], known: bool = False) -> None:
+        self._known, self._writing = known, False
         self._compiled: swap_cpu.Exchange | None = None
-        if kernels := _kernels(moves):
-            able, rest = _split(moves)
+        kernels, able, self._moves = _shared_out(moves)
+        if kernels:
             attempt = kernels.Exchange(able, known)
             if attempt.apart():
-                self._compiled, self._moves = attempt, rest
+                self._compiled = attempt
+            else:
+                self._moves = _each(moves)
 
     def start(self) -> bool:
         """Read what is there; whether it is what was known. If not, there is only `revert`."""
         if not self._known:
-            gather(self._moves)
+            _gather(self._moves)
         elif not all(torch.equal(_read(move).cpu(), _flat(move.old)) for move in self._moves):
             return False
         return self._compiled is None or self._compiled.start()
@@ -92,18 +120,31 @@ class Exchange:
             scatter([move._replace(new=move.old) for move in self._moves])
 
 
-def _kernels(moves: Sequence[Move]) -> Any:
-    return compiled("swap_cpu", sum([move.at.numel() for move in moves]))
-
-
-def _split(moves: Sequence[Move]) -> tuple[list[Move], list[Move]]:
-    """The moves that compiled code can do, and the others."""
-    able: list[Move] = []
+def _shared_out(moves: Sequence[Moves]) -> tuple[Any, list[Moves], list[Move]]:
+    """Compiled code if there is any, what it can move, and what plain torch has to."""
+    kernels = compiled("swap_cpu", sum(len(some.at) for some in moves))
+    if kernels is None:
+        return None, [], _each(moves)
+    able: list[Moves] = []
     others: list[Move] = []
-    for move in moves:
-        tensor = move.tensor
-        (able if tensor.is_cpu and tensor.is_contiguous() else others).append(move)
-    return able, others
+    for some in moves:
+        if all(_able(tensor) for tensor in some.tensors):
+            able.append(some)
+            continue
+        for move in some.each():
+            if _able(move.tensor):
+                able.append(Moves.of(move))
+            else:
+                others.append(move)
+    return kernels, able, others
+
+
+def _able(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.is_contiguous()
+
+
+def _each(moves: Sequence[Moves]) -> list[Move]:
+    return [move for some in moves for move in some.each()]
 
 
 def _read(move: Move) -> Tensor:

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from unmask.errors import UnmaskError
 from unmask.kernels.cpu_base import prefetch
 from unmask.kernels.reference import written
-from unmask.kernels.swap import Move
+from unmask.kernels.swap import Moves
 from unmask.kernels.threads import SHARE, in_threads
 
 WORD = {2: np.empty(0, np.uint16), 4: np.empty(0, np.uint32), 8: np.empty(0, np.uint64)}
@@ -28,7 +28,7 @@ READ, WRITE, TRADE, TRADE_KNOWN = range(4)  # what is done with a scalar
 AHEAD = 16  # scalars whose memory is asked for before it is needed
 
 
-def gather(moves: Sequence[Move]) -> None:
+def gather(moves: Sequence[Moves]) -> None:
     """As `swap.gather`; all tensors contiguous and in CPU memory."""
     for batch in _batches(moves):
         batch.run(READ)
@@ -37,8 +37,8 @@ def gather(moves: Sequence[Move]) -> None:
 class Exchange:
     """As `swap.Exchange`; all tensors contiguous and in CPU memory."""
 
-    def __init__(self, moves: Sequence[Move], known: bool) -> None:
-        self._tensors = [move.tensor for move in moves]
+    def __init__(self, moves: Sequence[Moves], known: bool) -> None:
+        self._tensors = [tensor for some in moves for tensor in some.tensors]
         self._batches = _batches(moves)
         self._way = TRADE_KNOWN if known else TRADE
 
@@ -66,15 +66,11 @@ class Exchange:
 class _Batch:
     """All moves of one width: where everything lies, and how much of each share is done."""
 
-    def __init__(self, moves: Sequence[Move], width: int) -> None:
-        tensors, *vectors = zip(*moves, strict=True)
-        counts = [at.numel() for at in vectors[0]]
-        sizes = [tensor.numel() for tensor in tensors]
-        places = [[tensor.data_ptr() for tensor in column] for column in (tensors, *vectors)]
+    def __init__(self, moves: Sequence[Moves], width: int) -> None:
         self.moves = moves  # whose memory has to last as long as a thread may work on it
-        columns = [places[0], sizes, *places[1:]]
-        self.table = np.ascontiguousarray(np.array(columns, dtype=np.uint64).T)
-        self.starts = np.cumsum([0, *counts], dtype=np.int64)
+        self.table = np.concatenate([_table(some) for some in moves])
+        counts = np.concatenate([np.diff(some.starts) for some in moves])
+        self.starts = np.concatenate([[0], counts.cumsum()])
         self.word, self.width = WORD[width], np.uint64(width)
         total = int(self.starts[-1])
         self.shares = [(start, min(start + SHARE, total)) for start in range(0, total, SHARE)]
@@ -112,11 +108,23 @@ class _Batch:
         return bool(_move(self.table, self.starts, self.word, start, stop, way, self.done, i))
 
 
-def _batches(moves: Sequence[Move]) -> list[_Batch]:
+def _batches(moves: Sequence[Moves]) -> list[_Batch]:
     widths = defaultdict(list)
-    for move in moves:
-        widths[move.tensor.element_size()].append(move)
+    for some in moves:
+        widths[some.new.element_size()].append(some)
     return [_Batch(same, width) for width, same in widths.items()]
+
+
+def _table(moves: Moves) -> np.ndarray[Any, Any]:
+    """Where each tensor and its parts of the vectors begin."""
+    table = np.empty((len(moves.tensors), 5), dtype=np.uint64)
+    table[:, TENSOR] = [tensor.data_ptr() for tensor in moves.tensors]
+    table[:, SIZE] = [tensor.numel() for tensor in moves.tensors]
+    begin = moves.starts[:-1].astype(np.uint64)
+    for column, vector in ((AT, moves.at), (NEW, moves.new), (OLD, moves.old)):
+        size = np.uint64(vector.element_size())
+        table[:, column] = begin * size + np.uint64(vector.data_ptr())
+    return table
 
 
 def _as_pointer(_: Any, address: Any, like: Any) -> Any:
