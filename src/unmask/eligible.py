@@ -52,6 +52,16 @@ class Eligible:
     def total(self) -> int:
         return self.offsets[-1]
 
+    def within(self, others: Eligible, said: str) -> Eligible:
+        """Those tensors alone that are among the others, which are `said` to be."""
+        kept = {n: p for n, p in self.parameters.items() if n in others.parameters}
+        if not kept:
+            raise UnmaskError(
+                f"none of the {len(self.names)} eligible parameters match {said}; "
+                "widen include= of attach()"
+            )
+        return Eligible(kept)
+
     def owner(self, scalar: int) -> int:
         """The position of the tensor that holds the scalar of this global index."""
         return bisect_right(self.offsets, scalar) - 1

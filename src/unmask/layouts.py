@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unmask import codec
+from unmask.eligible import FLOATS
 from unmask.errors import UnmaskError
 from unmask.sparse import Sparse, describe
 
@@ -77,8 +78,7 @@ def _from_plain(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Con
 
 STREAMS = ("table", "remainders", "quotients")
 TABLE_LIMIT = 1 << 26  # bytes of the inflated table: a short stream can't ask for all memory
-DTYPES = {str(d).removeprefix("torch."): d for d in
-          (torch.float32, torch.bfloat16, torch.float16, torch.float64)}  # fmt: skip
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 class Entry(NamedTuple):

@@ -24,8 +24,21 @@ LIKE = {
 }
 
 
-def check_run(state: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """Refuse counts that are none, and what should be tensors by name; `names` are eligible."""
+def check_run(state: Mapping[str, Any], same: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Refuse what isn't a tuner's state, one of a run that isn't the `same`, counts that are none,
+    and what should be tensors by name; `names` are eligible."""
+    keys = {*same, "steps", "step", "updates", "slots", "seen", "heard", "whole", "whole_base"}
+    if missing := keys - (state.keys() if isinstance(state, Mapping) else set()):
+        raise UnmaskError(
+            f"this is no state of a tuner, {', '.join(sorted(missing))} missing; "
+            "give what tuner.state_dict() returned"
+        )
+    for key, ours in same.items():
+        if state[key] != ours:
+            raise UnmaskError(
+                f"the state is of a run with {key}={state[key]}, this one has {ours}; "
+                "attach() with the same method, steps=, include= and exclude="
+            )
     for key in ("step", "updates"):
         _demand(_is_count(state[key]), f"{key}={state[key]!r} is no count")
     steps, heard = state["steps"], state["heard"]

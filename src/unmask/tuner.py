@@ -74,7 +74,9 @@ def attach(
     check_unwrapped(model)
     eligible, full = find(model, include, exclude, train_fully)
     if method.include != ("*",):
-        eligible = _narrowed(eligible, find(model, method.include)[0], method)
+        eligible = eligible.within(
+            find(model, method.include)[0], f"the method's include={method.include}"
+        )
     _check_free(model)
     return Tuner(model, method, steps, eligible, full, calibration, gradients, accumulation)
 
@@ -219,8 +221,7 @@ class Tuner:
         other is refused, and so is a state that is damaged, with nothing changed.
         """
         steps = {} if self.steps is None else {"steps": self.steps}
-        _check_state(state, {**self._identity(), **steps})
-        check_run(state, self.eligible.names)
+        check_run(state, {**self._identity(), **steps}, self.eligible.names)
         self._whole.check(state)
         with self._whole.drawn_as(state):
             self.slots.load_state_dict(state["slots"])
@@ -411,29 +412,3 @@ def _check_free(model: nn.Module) -> None:
         if other is not None and any(id(p) in own for p in other.trained()):
             where = "model" if other.model is model else "model shares parameters with one that"
             raise UnmaskError(f"this {where} has a tuner already; call that tuner's detach() first")
-
-
-def _narrowed(eligible: Eligible, chosen: Eligible, method: Method) -> Eligible:
-    kept = {n: p for n, p in eligible.parameters.items() if n in chosen.parameters}
-    if not kept:
-        raise UnmaskError(
-            f"none of the {len(eligible.names)} eligible parameters match the method's "
-            f"include={method.include}; widen include= of attach()"
-        )
-    return Eligible(kept)
-
-
-def _check_state(state: Mapping[str, Any], same: Mapping[str, Any]) -> None:
-    """Refuse what isn't a tuner's state, or is one of another method or model."""
-    keys = {*same, "steps", "step", "updates", "slots", "seen", "heard", "whole", "whole_base"}
-    if missing := keys - (state.keys() if isinstance(state, Mapping) else set()):
-        raise UnmaskError(
-            f"this is no state of a tuner, {', '.join(sorted(missing))} missing; "
-            "give what tuner.state_dict() returned"
-        )
-    for key, ours in same.items():
-        if state[key] != ours:
-            raise UnmaskError(
-                f"the state is of a run with {key}={state[key]}, this one has {ours}; "
-                "attach() with the same method, steps=, include= and exclude="
-            )
