@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unmask
 from models import Case
@@ -15,6 +16,22 @@ METHODS: Mapping[str, Callable[..., Any]] = {
     "static": unmask.static_d3,
     "repeat": unmask.repeat_d3,
 }
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor made within it has, other than views of these."""
+
+    def __init__(self, *weights: Tensor) -> None:
+        super().__init__()
+        self.weights = {w.untyped_storage().data_ptr() for w in weights}
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        dense = isinstance(out, Tensor) and out.layout is torch.strided
+        if dense and out.untyped_storage().data_ptr() not in self.weights:
+            self.size = max(self.size, out.numel())
+        return out
 
 
 def bits(tensor: Tensor) -> Tensor:

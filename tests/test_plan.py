@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 import unmask
 from unmask import derivatives, intake
+from unmask import rows as table_rows
 from unmask.cli import app
 from unmask.recipes.plan import MODES, PARTS, parse_memory, plan
-from unmask.recipes.plan_blank import SAMPLED
+from unmask.recipes.plan_blank import SAMPLED, TOKENS
 from unmask.recipes.plan_meter import Meter
 from unmask.recipes.plan_step import TOGETHER
 
@@ -186,7 +187,7 @@ def test_other_architectures(config):
 
 def test_what_is_known_of_the_modes_is_so():
     assert set(SAMPLED) == set(derivatives.RULES)
-    assert TOGETHER == intake.TOGETHER
+    assert (TOGETHER, TOKENS) == (intake.TOGETHER, table_rows.TOKENS)
 
 
 def test_steps_between_selections():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import unmask
-from lockstep import chosen, same_bits, snapshot
+from lockstep import Largest, chosen, same_bits, snapshot
 from models import ALL, BF16, F16, MIXED, MLP, Case, Mlp, seeded, tokens
 from unmask.derivatives import At
 from unmask.errors import UnmaskError, UnmaskWarning
@@ -707,23 +707,9 @@ def test_detach_leaves_no_hook() -> None:
 
 def test_embedding_never_makes_a_gradient_of_its_size() -> None:
     """On a sampled step no tensor of the vocabulary's size is made."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.data_ptr() != weight.data_ptr():
-                self.size = max(self.size, out.numel())
-            return out
-
     run = Run(lambda: nn.Sequential(nn.Embedding(5000, 4), nn.Linear(4, 3)), "sampled", 100)
-    weight = run.model[0].weight
     run.step(lambda model: squares(model(tokens(0))))
-    with Largest() as largest:
+    with Largest(run.model[0].weight) as largest:
         squares(run.model(tokens(1))).backward()
     assert 0 < largest.size < 1000
     run.optimizer.zero_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmask.kernels.sampled import Entries, product, wider
+from unmask.rows import TOKENS, look_up
 
 __all__ = ["RULES", "At", "Role"]
 
@@ -49,11 +50,15 @@ class At:
 
 
 class Role(NamedTuple):
-    """What one operand is to a call: gradient(of the output, at, *needs) at these positions."""
+    """What one operand is to a call: gradient(of the output, at, *needs) at these positions.
+
+    instead  the call again, given the operand itself, if its whole gradient is smaller then
+    """
 
     operand: Any
     gradient: Callable[..., Tensor]
     needs: tuple[Tensor, ...] = ()
+    instead: Callable[[Tensor], Tensor] | None = None
 
 
 Rule = Callable[..., list[Role] | None]
@@ -97,7 +102,9 @@ def embedding(
     def gradient(dy: Tensor, at: At, tokens: Tensor) -> Tensor:
         return _looked_up(dy, at, tokens, padding)
 
-    return [Role(weight, gradient, (input,))]
+    few = input.numel() * TOKENS <= len(weight)
+    instead = partial(look_up, tokens=input, padding=padding) if few else None
+    return [Role(weight, gradient, (input,), instead)]
 
 
 def layer_norm(

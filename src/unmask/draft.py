@@ -10,6 +10,7 @@ from torch import Tensor
 from unmask.heuristics import Heuristic, Whole
 from unmask.kernels import Run, gather, scatter
 from unmask.methods import Method
+from unmask.rows import blocks
 from unmask.scopes import Selector
 from unmask.select import NonFinite, Piece, others
 from unmask.slots import Change, Slots
@@ -81,18 +82,46 @@ class Draft:
 
     def take(self, gradients: Mapping[int, Tensor]) -> None:
         """Score and gather these tensors' gradients, by position; they aren't needed afterwards."""
-        gradients = {k: g.to_dense() if g.is_sparse else g for k, g in gradients.items()}
-        for k in gradients:
+        whole: dict[int, Tensor] = {}
+        for k, gradient in gradients.items():
             self._taken[k] = True
+            if not gradient.is_sparse:
+                whole[k] = gradient
+            elif self._divides(k, gradient):
+                for first, block in blocks(gradient):
+                    self._take_block(k, first, block)
+            else:
+                whole[k] = gradient.to_dense()
         if not self._gathers:
             offsets, runs = self.slots.eligible.offsets, self.runs
-            taken = [Run(g, offsets[k], *runs[k]) for k, g in gradients.items() if k in runs]
+            taken = [Run(g, offsets[k], *runs[k]) for k, g in whole.items() if k in runs]
             gather(taken, self.kept, self.gradient, add=True)
         if self.watching:
-            for k, gradient in gradients.items():
+            for k, gradient in whole.items():
                 self._observe(k, gradient)
         if self.best is not None:
-            self.best.offer(self._pieces(gradients))
+            self.best.offer(self._pieces(whole))
+
+    def _divides(self, k: int, gradient: Tensor) -> bool:
+        """Whether the k-th tensor can be looked at in parts."""
+        apart = self.best is None or getattr(self.best, "gathers", False)
+        flat = self.slots.eligible.tensors[k].is_contiguous() and gradient.sparse_dim() == 1
+        return apart and flat and not (self.watching or self._surveys)
+
+    def _take_block(self, k: int, first: int, block: Tensor) -> None:
+        """As `take`, of the k-th tensor's gradient from flat index `first` on."""
+        of, kept, stop = self.slots.eligible, self.kept, first + block.numel()
+        offset, ends = of.offsets[k] + first, [of.offsets[k] + first, of.offsets[k] + stop]
+        low, high = torch.searchsorted(kept, kept.new_tensor(ends)).tolist()
+        if not self._gathers:
+            gather([Run(block, offset, low, high)], kept, self.gradient, add=True)
+        if self.best is not None:
+            theta = of.tensors[k].detach().view(-1)[first:stop].view_as(block)
+            into = self.gradient if self._gathers else None
+            seen = self._remembered(k, None)
+            seen = None if seen is None else seen[first:stop]
+            piece = Piece(of.names[k], offset, theta, block, kept, low, high, into, seen)
+            self.best.offer([piece])
 
     def add(self, k: int, gradient: Tensor) -> None:
         """Add to the k-th tensor's kept scalars this part of their gradient."""

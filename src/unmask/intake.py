@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from unmask.draft import Draft
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError, UnmaskWarning
+from unmask.rows import summed
 from unmask.select import NonFinite
 from unmask.slots import Change
 
@@ -152,6 +153,7 @@ class Intake:
             held = self._held.pop(k)
             into, other = (gradient, held) if held.is_sparse else (held, gradient)
             gradient = into.add_(other)  # a dense one takes both kinds
+            gradient = summed(gradient) if gradient.is_sparse else gradient
         if self._draft is None and self.bad is None:
             self._draft = self._begin()
         choosing = self._draft is not None and self._draft.needs_sums

@@ -1,6 +1,7 @@
-"""Weight gradients at the slots alone, on steps that choose nothing.
+"""Weight gradients at the slots alone, on steps that choose nothing; of embeddings, on steps that
+choose, only the rows that a batch looks up.
 
-While a module runs on such a step, stand-ins take its parameters' places. A stand-in that meets an
+While a module runs, stand-ins take its parameters' places. A stand-in that meets an
 operation of `derivatives` has it done with the weights detached, so that autograd never forms their
 gradients; what they need is kept, and backward computes the slots' share straight into the step's
 draft. Anything else that is done with a stand-in is done with the parameter itself, and so is what
@@ -38,13 +39,18 @@ class _Part(NamedTuple):
 
 
 class Sampler:
-    """Has backward compute gradients at the slots of `slots` alone where `settled()` says so.
+    """Has backward compute gradients at the slots of `slots` alone on steps that settle, and on
+    others those of embeddings by the rows that they have.
 
-    settled  whether the step to come leaves the slots as they are
+    settles  whether the step to come leaves the slots as they are; None if no step is to be sampled
     """
 
-    def __init__(self, slots: Slots, intake: Intake, settled: Callable[[], bool]) -> None:
-        self._slots, self._intake, self._settled = slots, intake, settled
+    def __init__(
+        self, slots: Slots, intake: Intake, settles: Callable[[], bool] | None = None
+    ) -> None:
+        self._slots, self._intake = slots, intake
+        self._settles = settles or (lambda: False)
+        self._kinds = nn.Embedding if settles is None else nn.Module
         self._table: tuple[Tensor | None, dict[int, At]] = (None, {})
 
     def watch(self, model: nn.Module) -> list[Callable[[], None]]:
@@ -58,7 +64,8 @@ class Sampler:
                 for name, parameter in module._parameters.items()
                 if parameter is not None and id(parameter) in places
             ]
-            if own and not isinstance(module, torch.jit.ScriptModule):
+            apt = isinstance(module, self._kinds) and not isinstance(module, torch.jit.ScriptModule)
+            if own and apt:
                 before, after = Hook(self._stand_in, own), Hook(_restore, own)
                 ends.append(partial(_restore, module, own))  # after an interrupt no hook has
                 ends.append(module.register_forward_pre_hook(before).remove)
@@ -66,7 +73,9 @@ class Sampler:
         return ends
 
     def _stand_in(self, module: nn.Module, own: Own) -> None:
-        if not torch.is_grad_enabled() or _transformed() or not self._settled():
+        if not torch.is_grad_enabled() or _transformed():
+            return
+        if not isinstance(module, nn.Embedding) and not self._settles():
             return
         for name, parameter, place in own:
             here = module._parameters.get(name) is parameter  # this is no copy, no functional_call
@@ -80,11 +89,16 @@ class Sampler:
         self, function: Callable[..., Any], args: Any, kwargs: Any, roles: Sequence[Role]
     ) -> Tensor:
         """The operation's result, with the gradients of these operands taken care of."""
+        if not self._settles():
+            operand, *_, instead = roles[0]
+            if instead is None:
+                return _again(function, args, kwargs)  # type: ignore[no-any-return]
+            return instead(operand.parameter)
         output = function(*_with(args, _detached), **_with(kwargs, _detached))
         table = self._at(self._slots.index)
         parts: list[_Part] = []
         kept: list[Tensor] = []
-        for operand, gradient, needs in roles:
+        for operand, gradient, needs, _ in roles:
             start = len(kept)
             if operand.place in table:
                 kept += [x.detach() for x in needs]
@@ -152,7 +166,7 @@ class _StandIn(Tensor):
         roles = _roles(func, args, kwargs) if known else []
         if roles and not _checkpointed():
             return roles[0].operand.sampler.run(func, args, kwargs, roles)
-        return func(*_with(args, _itself), **_with(kwargs, _itself))
+        return _again(func, args, kwargs)
 
 
 def _transformed() -> bool:
@@ -195,6 +209,11 @@ def _with(x: Any, form: Callable[[_StandIn], Tensor]) -> Any:
     if type(x) in (list, tuple):
         return type(x)(_with(y, form) for y in x)
     return {name: _with(y, form) for name, y in x.items()} if type(x) is dict else x
+
+
+def _again(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The call with the parameters themselves."""
+    return function(*_with(args, _itself), **_with(kwargs, _itself))
 
 
 def _itself(stand: _StandIn) -> Tensor:

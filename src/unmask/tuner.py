@@ -118,8 +118,9 @@ class Tuner:
         self._on_optimizer: list[Callable[[torch.optim.Optimizer], None]] = []
         hosted = self._driver.listen() if values is not None else [self._freezing()]
         self._undo = [*hosted, *intake.watch()]  # what detach() takes back, last first
-        if intake.sampled:
-            self._undo += Sampler(self.slots, intake, self._settled).watch(model)
+        if intake.streaming:
+            settles = self._settled if intake.sampled else None
+            self._undo += Sampler(self.slots, intake, settles).watch(model)
         try:
             if not chosen:
                 self._calibrate(calibration)

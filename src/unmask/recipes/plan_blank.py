@@ -29,6 +29,8 @@ SAMPLED = (
     torch.conv3d,
 )  # fmt: skip
 
+TOKENS = 2  # a look-up's gradient streams by rows if there are so many times as many as tokens
+
 
 class Answers(TorchDispatchMode):
     """Answers what a model asks of values that there aren't."""
@@ -61,14 +63,17 @@ class Fused(TorchFunctionMode):
     """Computes attention as the device would: fused, the matrix of weights never whole, on a GPU,
     and on a CPU unless attention has dropout or its bias is learned.
 
-    sampled  parameters whose gradients backward doesn't form, as with gradients="sampled" on a step
-             that chooses nothing
+    sampled   parameters whose gradients backward doesn't form, as with gradients="sampled" on a
+              step that chooses nothing
+    streamed  those of which it forms the rows that are looked up, if it is a table of many
     """
 
-    def __init__(self, device: str, sampled: Collection[Tensor] = ()) -> None:
+    def __init__(
+        self, device: str, sampled: Collection[Tensor] = (), streamed: Collection[Tensor] = ()
+    ) -> None:
         super().__init__()
         self.device = device
-        self.sampled = {id(parameter) for parameter in sampled}
+        self.sampled, self.streamed = (set(map(id, some)) for some in (sampled, streamed))
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -82,6 +87,8 @@ class Fused(TorchFunctionMode):
             return self._attention(func, args, given)
         if self.sampled and func in SAMPLED:
             return self._without_gradients(func, args, given)
+        if self.streamed and func is F.embedding and len(args) > 1:
+            return self._by_rows(func, args, given)
         return func(*args, **given)
 
     def _attention(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
@@ -96,6 +103,14 @@ class Fused(TorchFunctionMode):
         if uneven or (self.device == "cpu" and (named.get("dropout_p") or learned)):
             return func(*args, **given)
         return _Attention.apply(*(named[n] for n in ("query", "key", "value")))  # type: ignore[no-untyped-call]
+
+    def _by_rows(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
+        tokens, table, *rest = args
+        many = tokens.numel() * TOKENS <= len(table)
+        if id(table) not in self.streamed or not many or not torch.is_grad_enabled():
+            return func(*args, **given)
+        out = func(tokens, table.detach(), *rest, **given)
+        return _Rows.apply(out, tokens, table)  # type: ignore[no-untyped-call]
 
     def _without_gradients(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
         tensors = [x for x in tree_leaves((args, given)) if isinstance(x, Tensor)]
@@ -152,3 +167,18 @@ class _Sampled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None, *[None] * ctx.parameters
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a table, each with a gradient of its own for the time that it is looked at."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (tokens,) = ctx.saved_tensors
+        _ = tokens.new_empty(2, tokens.numel()), torch.empty_like(grads[0])
+        return None, None, None

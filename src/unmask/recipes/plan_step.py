@@ -119,7 +119,9 @@ class Step:
             parameter.register_post_accumulate_grad_hook(self._arrived)
         # Twice: in a second step the optimiser's state is there from the start.
         answers = Answers()  # type: ignore[no-untyped-call]
-        with meter, answers, Fused(self.device, self.chosen if self.rests else ()):
+        rests, streams = self.rests, self.mode in ("streaming", "sampled")
+        how = self.chosen if rests else (), self.chosen if streams and not rests else ()
+        with meter, answers, Fused(self.device, *how):
             optimizer = self._optimizer()
             for _ in range(2):
                 out = self.model(**batch)
