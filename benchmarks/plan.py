@@ -81,6 +81,7 @@ MODELS: dict[str, tuple[str, Sizes, tuple[int, int, int, int]]] = {
 CASES = [
     ("BERT 110M", "fp32", 16, 64, ("dense", "streaming", "lora", "full")),
     ("BERT 110M", "fp32", 2, 128, ("streaming",)),
+    ("BERT 110M", "fp32", 1, 16, ("streaming", "lora")),
     ("Llama 40M", "bf16", 4, 256, ("streaming", "resting")),
     ("GPT-2 41M", "fp32", 32, 64, ("lora",)),
     ("DeBERTa-v2 41M", "fp32", 4, 256, ("streaming",)),
