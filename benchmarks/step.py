@@ -18,7 +18,7 @@ from benchmarks import common
 
 BUDGET, STEPS = 320_000, 1000
 AT = {"early": 0.05, "middle": 0.5, "late": 0.95}
-EXPONENTS = (2.0, 1.0, 0.0, -1.0, 0.7)
+EXPONENTS = (2.0, 1.0, 0.0, -1.0, 0.7, -0.7)
 BUDGETS = (10_000, 100_000, 1_000_000, 10_000_000)
 LAYERS = (2, 6, 12, 24)
 KINDS = [{"rests": rests, "fused": fused} for rests in (False, True) for fused in (False, True)]
@@ -130,9 +130,13 @@ def compared(
 
 def exponents(shape: str, repeats: int, budget: int = BUDGET) -> list[dict[str, Any]]:
     """The score's exponent."""
-    common.say("exponents")
-    model = common.bert(shape, dropout=0.0)
-    return [_pair(model, repeats, budget, exp) | {"exp": exp} for exp in EXPONENTS]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        common.say(f"exponents, {dtype}")
+        model = common.bert(shape, dtype, dropout=0.0)
+        named = {"dtype": str(dtype)[6:]}
+        found += [_pair(model, repeats, budget, exp) | {"exp": exp} | named for exp in EXPONENTS]
+    return found
 
 
 def budgets(shape: str, repeats: int, choices: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -212,8 +216,11 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         ),
         common.table(
             "Any exponent: time / one read",
-            ["exp", "/ read"],
-            [[f["exp"], f"{f['to_read']:.2f}"] for f in exps],
+            ["exp", "float32", "bfloat16"],
+            [
+                [exp, *(f"{f['to_read']:.2f}" for f in exps if f["exp"] == exp)]
+                for exp in dict.fromkeys(f["exp"] for f in exps)
+            ],
         ),
         common.table(
             "Any budget: time / one read, with PyTorch's default AdamW and with the fused one; and "
