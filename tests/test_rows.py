@@ -199,7 +199,7 @@ def test_a_row_that_is_not_finite_skips_the_step() -> None:
     assert_alike(*runs)
 
 
-def test_evaluation_and_frozen_tables_are_left_alone() -> None:
+def test_evaluation_is_left_alone_and_detaching_leaves_nothing() -> None:
     run = Run(unmask.id3(30), "streaming")
     with torch.no_grad():
         expected = Table()(tokens(0))

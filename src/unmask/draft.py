@@ -110,16 +110,17 @@ class Draft:
 
     def _take_block(self, k: int, first: int, block: Tensor) -> None:
         """As `take`, of the k-th tensor's gradient from flat index `first` on."""
-        of, kept, stop = self.slots.eligible, self.kept, first + block.numel()
-        offset, ends = of.offsets[k] + first, [of.offsets[k] + first, of.offsets[k] + stop]
-        low, high = torch.searchsorted(kept, kept.new_tensor(ends)).tolist()
+        of, kept, part = self.slots.eligible, self.kept, slice(first, first + block.numel())
+        offset = of.offsets[k] + first
+        ends = kept.new_tensor([offset, offset + block.numel()])
+        low, high = torch.searchsorted(kept, ends).tolist()
         if not self._gathers:
             gather([Run(block, offset, low, high)], kept, self.gradient, add=True)
         if self.best is not None:
-            theta = of.tensors[k].detach().view(-1)[first:stop].view_as(block)
+            theta = of.tensors[k].detach().view(-1)[part].view_as(block)
             into = self.gradient if self._gathers else None
             seen = self._remembered(k, None)
-            seen = None if seen is None else seen[first:stop]
+            seen = None if seen is None else seen[part]
             piece = Piece(of.names[k], offset, theta, block, kept, low, high, into, seen)
             self.best.offer([piece])
 
