@@ -23,14 +23,15 @@ from unmask.kernels.cpu_base import (
     read,
 )
 from unmask.kernels.cpu_filter import (
+    PART,
     STEEP,
     bounds,
     lacking,
-    largest,
     least_at,
     least_gradient,
     outdone,
     raising,
+    reachable,
 )
 from unmask.kernels.cpu_moves import gather, insert, scatter
 from unmask.kernels.threads import SHARE, in_threads, shares
@@ -39,7 +40,7 @@ __all__ = ["Sweep", "gather", "handles", "insert", "scatter"]
 
 BLOCK = 1024  # scalars bounded at once
 GROWTH = 4096  # of what is looked at, from round to round at the most
-PART, FEW = 256, 32  # scalars of a block with candidates that are looked at together
+FEW = 32  # scalars of a part with candidates that are looked at together
 HANDLED = frozenset([*HALF, torch.int32, torch.int64])
 
 
@@ -175,28 +176,23 @@ def _sweep(  # type: ignore[no-untyped-def]
             low = max(low, least_gradient(eps, law, exp, cut))
         n = min((block + 1) * BLOCK, stop, starts[k + 1]) - at
         here = at - starts[k]
-        top = np.int32(low)
-        if low > 1:  # else all weights have to be looked at
-            top = largest(g_at[k], g_half[k], here, n)
-            if top >= INFINITE:
-                return count, at, k
-        if top >= low:
+        source = g_at[k], g_half[k], t_at[k], t_half[k]
+        wins, top = reachable(*source, here, n, law, exp, eps, low, cut)
+        if top >= INFINITE:
+            return count, at, k
+        if wins:
             u = t
-            source = g_at[k], g_half[k], t_at[k], t_half[k]
             for part in range(here, here + n, PART):  # hits are rare: look ever closer
                 end = min(part + PART, here + n)
-                if low > 1 and largest(g_at[k], g_half[k], part, end - part) < low:
+                if not reachable(*source, part, end - part, law, exp, eps, low, cut)[0]:
                     continue
-                least, top = least_at(*source, part, end - part, law, exp, eps, cut)
-                if top >= INFINITE:
-                    return count, at, k
-                if least > 0:
+                if least_at(*source, part, end - part, law, exp, eps, cut) > 0:
                     continue
                 if count + n > out_index.size:
                     return first, at, -1
                 for near in range(part, end, FEW):
                     some = min(FEW, end - near)
-                    if least_at(*source, near, some, law, exp, eps, cut)[0] > 0:
+                    if least_at(*source, near, some, law, exp, eps, cut) > 0:
                         continue
                     for i in range(near, near + some):
                         g = read(g_at[k], g_half[k], i) & MAGNITUDE

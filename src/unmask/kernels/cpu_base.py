@@ -43,19 +43,25 @@ def pointer(_context, _address):  # type: ignore[no-untyped-def]
     return types.voidptr(types.uint64), generate
 
 
-@_intrinsic
-def prefetch(_context, _address):  # type: ignore[no-untyped-def]
-    """Have the memory at an address fetched, to be written to soon. Any address will do."""
+def _prefetching(write: int) -> Any:
+    """An intrinsic that has the memory at an address fetched. Any address will do."""
 
-    def generate(context, builder, _, arguments):  # type: ignore[no-untyped-def]
-        place = builder.inttoptr(arguments[0], cgutils.voidptr_t)
-        word = context.get_value_type(types.int32)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-        builder.call(fetch, [place, word(1), word(3), word(1)])  # to write, to keep, data
-        return context.get_dummy_value()
+    @_intrinsic
+    def prefetch(_context, _address):  # type: ignore[no-untyped-def]
+        def generate(context, builder, _, arguments):  # type: ignore[no-untyped-def]
+            place = builder.inttoptr(arguments[0], cgutils.voidptr_t)
+            word = context.get_value_type(types.int32)
+            kind = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
+            fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+            builder.call(fetch, [place, word(write), word(3), word(1)])  # to keep, data
+            return context.get_dummy_value()
 
-    return types.void(types.uint64), generate
+        return types.void(types.uint64), generate
+
+    return prefetch
+
+
+prefetch, prefetch_to_write = _prefetching(0), _prefetching(1)
 
 
 @_intrinsic
@@ -105,6 +111,27 @@ def magnitude(_context, bits):  # type: ignore[no-untyped-def]
         return builder.bitcast(found, context.get_value_type(types.float32))
 
     return types.float32(bits), generate
+
+
+@_intrinsic
+def size(_context, bits):  # type: ignore[no-untyped-def]
+    """The bits of |x|, of x's (int32 or int16), no wider: numba's own `&` makes 64 of them."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word = context.get_value_type(bits)
+        return builder.and_(arguments[0], word((1 << (bits.bitwidth - 1)) - 1))
+
+    return bits(bits), generate
+
+
+@_intrinsic
+def larger(_context, one, other):  # type: ignore[no-untyped-def]
+    """The larger of two integers, no wider than they are."""
+
+    def generate(context, builder, _, arguments):  # type: ignore[no-untyped-def]
+        return builder.select(builder.icmp_signed(">", *arguments), *arguments)
+
+    return one(one, one), generate
 
 
 @compiled

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import carray  # type: ignore[attr-defined]
+from numba import carray, njit  # type: ignore[attr-defined]
 
 from unmask.kernels.cpu_base import (
     INFINITE,
@@ -18,8 +18,11 @@ from unmask.kernels.cpu_base import (
     as_bits,
     as_float,
     compiled,
+    larger,
     magnitude,
     pointer,
+    prefetch,
+    size,
 )
 
 LOG_SLACK = 0.0861  # the most that L(x) lies below log2(x)
@@ -29,6 +32,8 @@ SMALLEST = 1.2e-38  # the least normal float32
 PRODUCTS = (0.0, 1.0, 2.0, -1.0)  # exponents compared by multiplying, closer and faster
 ANY, FALLING = 8, 9  # the laws of all other exponents, from 0 up and below it
 STEEP = 1000.0  # exponents beyond overflow what is compared
+PART = 256  # scalars looked at together
+LINE, AHEAD = 64, 4096  # bytes: what memory is fetched in, and how far ahead
 
 
 def bounds(exp: float, eps: float, threshold: float) -> tuple[int, int, float]:
@@ -74,20 +79,24 @@ def _normal(exp: float, eps: float) -> bool:
 
 @compiled
 def largest(address, half, at, n):  # type: ignore[no-untyped-def]
-    """The largest magnitude bits, as float32's, of n numbers from `at` on."""
-    if half:
-        x16 = carray(pointer(address), (at + n,), dtype=np.uint16)[at : at + n]
-        top16 = np.uint16(0)
-        for i in range(n):
-            bits16 = x16[i] & np.uint16(0x7FFF)
-            top16 = bits16 if bits16 > top16 else top16
-        return np.int32(top16) << np.int32(16)
-    x32 = carray(pointer(address), (at + n,), dtype=np.int32)[at : at + n]
-    top = np.int32(0)
-    for i in range(n):
-        bits = x32[i] & MAGNITUDE
-        top = bits if bits > top else top
-    return top
+    """The largest magnitude bits, as float32's, of n numbers from `at` on.
+
+    What comes next is asked for meanwhile: processors don't by themselves look beyond a page.
+    """
+    top16, top32, width = np.int16(0), np.int32(0), 2 if half else 4
+    for first in range(at, at + n, PART):
+        last = min(first + PART, at + n)
+        for byte in range(first * width, last * width, LINE):
+            prefetch(address + np.uint64(byte + AHEAD))
+        if half:
+            x16 = carray(pointer(address), (last,), dtype=np.int16)[first:last]
+            for i in range(len(x16)):
+                top16 = larger(size(x16[i]), top16)
+        else:
+            x32 = carray(pointer(address), (last,), dtype=np.int32)[first:last]
+            for i in range(len(x32)):
+                top32 = larger(size(x32[i]), top32)
+    return np.int32(top16) << np.int32(16) if half else top32
 
 
 @compiled
@@ -147,50 +156,43 @@ def least_gradient(eps, law, exp, cut):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def reachable(g_at, g_half, t_at, t_half, at, n, law, exp, eps, low, cut):  # type: ignore[no-untyped-def]
+    """Whether the largest of n gradients from `at` on could win beside the best of their weights;
+    and its bits."""
+    top, best = largest(g_at, g_half, at, n), eps
+    if top < low or top >= INFINITE:
+        return False, top
+    if law == -1 or law == FALLING:
+        best += as_float(largest(t_at, t_half, at, n))
+    return not lacking(as_float(top), best, law, exp, cut) > 0, top
+
+
+@njit(inline="always")
+def _least_by(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
+    least = np.int32(INFINITE)
+    for i in range(len(g)):
+        lack = as_bits(lacking(magnitude(g[i]), magnitude(t[i]) + eps, law, exp, cut))
+        least = lack if lack < least else least
+    return least
+
+
+@compiled
 def _least(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
-    """The bits of the least that any of these scalars lacks, above 0 if none can win, and the
-    largest magnitude bits of their gradients.
+    """The bits of the least that any of these scalars lacks, above 0 if none can win.
 
     By the law outside of the loops, and as integers, so that they vectorise.
     """
-    least, top = np.int32(INFINITE), np.int32(0)
     if law == 0:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(lacking(size, eps, 0, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    elif law == 1:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(lacking(size, magnitude(t[i]) + eps, 1, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    elif law == 2:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(lacking(size, magnitude(t[i]) + eps, 2, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    elif law == -1:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(lacking(size, magnitude(t[i]) + eps, -1, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    elif law == FALLING:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(lacking(size, magnitude(t[i]) + eps, FALLING, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    else:
-        for i in range(len(g)):
-            size = magnitude(g[i])
-            lack = as_bits(lacking(size, magnitude(t[i]) + eps, ANY, exp, cut))
-            least = lack if lack < least else least
-            top = as_bits(size) if as_bits(size) > top else top
-    return least, top
+        return _least_by(g, t, 0, exp, eps, cut)
+    if law == 1:
+        return _least_by(g, t, 1, exp, eps, cut)
+    if law == 2:
+        return _least_by(g, t, 2, exp, eps, cut)
+    if law == -1:
+        return _least_by(g, t, -1, exp, eps, cut)
+    if law == FALLING:
+        return _least_by(g, t, FALLING, exp, eps, cut)
+    return _least_by(g, t, ANY, exp, eps, cut)
 
 
 @compiled

@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from unmask.errors import UnmaskError
-from unmask.kernels.cpu_base import prefetch
+from unmask.kernels.cpu_base import prefetch_to_write
 from unmask.kernels.reference import written
 from unmask.kernels.swap import Moves
 from unmask.kernels.threads import SHARE, in_threads
@@ -171,7 +171,7 @@ def _move(table, starts, word, start, stop, way, done, share):  # type: ignore[n
         i, last = max(start - starts[k], 0), min(stop, starts[k + 1]) - starts[k]
         begin, width = table[k, TENSOR], np.uint64(word.itemsize)
         while i < last:
-            prefetch(begin + width * at[min(i + AHEAD, last - 1)])
+            prefetch_to_write(begin + width * at[min(i + AHEAD, last - 1)])
             here = at[i]
             if way == TRADE_KNOWN and scalars[here] != old[i]:
                 same = False
