@@ -160,7 +160,7 @@ def reachable(g_at, g_half, t_at, t_half, at, n, law, exp, eps, low, cut):  # ty
     """Whether the largest of n gradients from `at` on could win beside the best of their weights;
     and its bits."""
     top, best = largest(g_at, g_half, at, n), eps
-    if top < low or top >= INFINITE:
+    if top < low:
         return False, top
     if law == -1 or law == FALLING:
         best += as_float(largest(t_at, t_half, at, n))
