@@ -18,7 +18,9 @@ from models import seeded
 from unmask.heuristics import D3, Scalars
 from unmask.select import Piece, TopK
 
+numba = pytest.importorskip("numba")
 cpu = pytest.importorskip("unmask.kernels.cpu")
+base = pytest.importorskip("unmask.kernels.cpu_base")
 
 SIZES = (3000, 0, 1, 1024, 2500, 7, 130_000)
 LAWS = [(2.0, 1.0), (0.0, 1.0), (1.0, 0.5), (1.0, 1e-4), (-1.0, 1e-3), (0.7, 1e-6), (-2.5, 2.0)]
@@ -113,6 +115,20 @@ def test_too_many_candidates_are_left_for_later(threads: int, monkeypatch: Any) 
     assert len(got) > 5
     assert torch.equal(torch.cat(got).sort().values, problem.index[problem.free])
     assert same_bits(into, torch.cat(problem.grads)[problem.kept - 11])
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32])
+def test_magnitudes_are_compared_in_lanes_as_wide_as_the_numbers(dtype: Any) -> None:
+    """numba's own `&` and `max` widen to 64 bits, at which a scan takes several times as long."""
+
+    @numba.njit
+    def bits(x: Any, y: Any) -> Any:
+        return base.larger(base.size(x), base.size(y))
+
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    for x, y in ((-3, 5), (low, 1), (high, 0), (low + 7, 6), (-1, low)):
+        assert bits(dtype(x), dtype(y)) == max(x & high, y & high)
+    assert bits.nopython_signatures[0].return_type == numba.from_dtype(np.dtype(dtype))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
