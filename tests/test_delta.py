@@ -521,9 +521,12 @@ def test_a_failure_halfway_is_rolled_back(monkeypatch, kernels):
     assert state(model) == before
 
 
+@pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_wrong_base_is_left_bit_for_bit(dtype: torch.dtype, kernels):
+def test_a_wrong_base_is_left_bit_for_bit(dtype: torch.dtype, used: bool, kernels):
     delta = network_delta(dtype)
+    if used:  # then it knows the base's values, not only their fingerprint
+        delta.apply(network(dtype))
     for name, part in delta.sparse.items():
         for at in part.indices.tolist():
             model = network(dtype)
@@ -565,6 +568,26 @@ def test_an_undo_asks_the_model_and_not_the_delta(kernels):
         part.values.zero_()  # someone's own business
     undo.apply(model)
     assert state(model) == base
+
+
+def test_a_second_time_is_as_the_first(kernels):
+    model, delta = network(), network_delta()
+    base = state(model)
+    first = delta.apply(model)
+    changed = state(model)
+    first.apply(model)
+    for part in first.sparse.values():
+        part.values.zero_()  # someone's own business, again
+    for _ in range(2):
+        for used in (delta, copy.deepcopy(delta), pickle.loads(pickle.dumps(delta))):
+            undo = used.apply(model)
+            assert state(model) == changed
+            undo.apply(model)
+            assert state(model) == base
+        other = network()
+        undo = delta.apply(other)
+        assert (state(other), undo) == (changed, delta.apply(model))
+        undo.apply(model)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda undo: pickle.loads(pickle.dumps(undo))])

@@ -201,6 +201,7 @@ class Delta:
             self._write_whole(targets)
             exchange.finish()
             rollback.pop_all()
+        vars(self)["_undoes"] = before  # as it found it, to be compared with the next time
         return undo
 
     def verify(self, model: nn.Module) -> dict[str, Sparse]:
