@@ -96,7 +96,7 @@ def contenders(
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
-    parser = common.arguments(__doc__)
+    parser = common.arguments(__doc__, repeats=7)
     parser.add_argument("--shape", choices=common.SHAPES, default="110M")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)

@@ -260,7 +260,7 @@ def test_a_look_up_is_the_embedding(padding: int, dtype: torch.dtype) -> None:
     assert weight.grad is not None
     assert weight.grad.is_sparse
     assert torch.equal(weight.grad.to_dense(), dense)
-    found = list(rows.blocks(weight.grad))
+    found = list(rows.Rows.of(weight.grad).blocks())
     assert [start for start, _ in found] == list(range(0, dense.numel(), 7 * WIDTH))
     assert torch.equal(torch.cat([block for _, block in found]), dense)
 
@@ -273,3 +273,61 @@ def test_parts_of_a_row_add_up_in_their_order() -> None:
     found = rows.summed(sparse)
     assert found._indices().tolist() == [[1, 3]]
     assert found._values().flatten().tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (9, 2, 3), (9, 1), (9,)], ids=str)
+def test_rows_know_their_places(shape: tuple[int, ...]) -> None:
+    some = torch.tensor([0, 3, 4, 8])
+    values = torch.randn(4, *shape[1:], generator=seeded(0))
+    few = rows.Rows(some, values, shape[0])
+    dense = torch.zeros(shape).index_copy_(0, some, values).flatten()
+    flat = torch.arange(0, len(dense), 2, dtype=torch.int32)
+    there, at = few.within(flat)
+    assert there.tolist() == [int(i) // few.width in some.tolist() for i in flat]
+    assert torch.equal(values.flatten()[at], dense[flat[there].long()])
+    assert torch.equal(few.of_tensor(5, at), flat[there] + 5)
+
+
+@pytest.mark.parametrize("looked_up", [[], [5], [0, 1, 2, 210], list(range(0, 210, 2))], ids=len)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("others", [0.0, 1e-3, 2.0])
+def test_ties_and_zeros_among_rows(looked_up: list[int], dtype: torch.dtype, others: float) -> None:
+    """Kept scalars in and out of the rows, equal scores, -0.0, a threshold that stands or not."""
+
+    def coarse(shape: tuple[int, ...], seed: int) -> Tensor:
+        return (torch.randn(shape, generator=seeded(seed)).mul(4).round() / 4).to(dtype)
+
+    found = []
+    for mode in MODES:
+        model = nn.ModuleDict({"a": nn.Linear(8, 8), "table": nn.Embedding(HEIGHT, WIDTH)})
+        model.to(dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(coarse(p.shape, p.numel()))
+        tuner = unmask.attach(model, unmask.id3(300), steps=3, gradients=mode)
+        optimizer = tuner.optimizer(torch.optim.SGD, lr=0.1)  # to which the sign of a 0 matters
+        for step in range(3):
+            rows_ = model["table"](torch.tensor(looked_up, dtype=torch.long))
+            loss = (rows_ * coarse(rows_.shape, step)).sum()  # so that these are the gradient
+            for p in model["a"].parameters():
+                loss = loss + others * (p * coarse(p.shape, step)).sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((chosen(tuner), snapshot(model), optimizer.state_dict()))
+    (dense, weights, state), (given, theirs, its) = found
+    assert dense == given
+    assert_same_state(weights, theirs)
+    assert same_tree(state, its)
+
+
+def test_rows_that_are_not_there_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where scores are a power law and zeros can't win any more."""
+    pytest.importorskip("numba")
+    seen = []
+    blocks = rows.Rows.blocks
+    monkeypatch.setattr(rows.Rows, "blocks", lambda self: seen.append(1) or blocks(self))
+    Run(unmask.id3(30), "streaming").train(3)
+    assert not seen
+    Run(unmask.id3(600), "streaming").train(5)
+    assert seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,9 +11,9 @@ from torch import Tensor
 from unmask.heuristics import Heuristic, Whole
 from unmask.kernels import Run, gather, scatter
 from unmask.methods import Method
-from unmask.rows import blocks
+from unmask.rows import Rows
 from unmask.scopes import Selector
-from unmask.select import NonFinite, Piece, others
+from unmask.select import NonFinite, Piece, TopK, others
 from unmask.slots import Change, Slots
 from unmask.strategies import Quota
 
@@ -82,15 +83,12 @@ class Draft:
 
     def take(self, gradients: Mapping[int, Tensor]) -> None:
         """Score and gather these tensors' gradients, by position; they aren't needed afterwards."""
-        whole: dict[int, Tensor] = {}
+        whole, rows = dict(gradients), {}
         for k, gradient in gradients.items():
             self._taken[k] = True
-            if not gradient.is_sparse:
-                whole[k] = gradient
-            elif self._divides(k, gradient):
-                for first, block in blocks(gradient):
-                    self._take_block(k, first, block)
-            else:
+            if gradient.is_sparse and self._divides(k, gradient):
+                rows[k] = Rows.of(whole.pop(k))
+            elif gradient.is_sparse:
                 whole[k] = gradient.to_dense()
         if not self._gathers:
             offsets, runs = self.slots.eligible.offsets, self.runs
@@ -101,6 +99,8 @@ class Draft:
                 self._observe(k, gradient)
         if self.best is not None:
             self.best.offer(self._pieces(whole))
+        for k, few in rows.items():  # at the end, when there is a threshold that zeros don't reach
+            self._take_rows(k, few)
 
     def _divides(self, k: int, gradient: Tensor) -> bool:
         """Whether the k-th tensor can be looked at in parts."""
@@ -108,20 +108,32 @@ class Draft:
         flat = self.slots.eligible.tensors[k].is_contiguous() and gradient.sparse_dim() == 1
         return apart and flat and not (self.watching or self._surveys)
 
-    def _take_block(self, k: int, first: int, block: Tensor) -> None:
-        """As `take`, of the k-th tensor's gradient from flat index `first` on."""
-        of, kept, part = self.slots.eligible, self.kept, slice(first, first + block.numel())
-        offset = of.offsets[k] + first
-        ends = kept.new_tensor([offset, offset + block.numel()])
-        low, high = torch.searchsorted(kept, ends).tolist()
-        if not self._gathers:
-            gather([Run(block, offset, low, high)], kept, self.gradient, add=True)
-        if self.best is not None:
-            theta = of.tensors[k].detach().view(-1)[part].view_as(block)
-            into = self.gradient if self._gathers else None
-            seen = self._remembered(k, None)
-            seen = None if seen is None else seen[part]
-            piece = Piece(of.names[k], offset, theta, block, kept, low, high, into, seen)
+    def _take_rows(self, k: int, gradient: Rows) -> None:
+        """As `take`, of a gradient that has only some of the k-th tensor's rows."""
+        of, (start, stop) = self.slots.eligible, self.runs.get(k, (0, 0))
+        name, offset, theta = of.names[k], of.offsets[k], of.tensors[k].detach()
+        flat = self.kept[start:stop].to(theta.device) - offset
+        there, at = gradient.within(flat)
+        found = gradient.values.new_zeros(len(flat))
+        found[there] = gradient.values.flatten()[at]
+        self.gradient[start:stop] += found.to(self.gradient)
+        if not isinstance(self.best, TopK):
+            return
+        if self.best.passes_over_zeros(theta, gradient.values, offset):
+            for some in gradient.split():
+                taken = some.within(flat)[1].to(flat)
+                places = partial(some.of_tensor, offset)
+                weights = theta[some.rows]
+                piece = Piece(name, 0, weights, some.values, taken, 0, len(taken), places=places)
+                self.best.offer([piece])
+            return
+        seen = self._remembered(k, None)
+        for first, block in gradient.blocks():
+            part = slice(first, first + block.numel())
+            low, high = torch.searchsorted(flat, flat.new_tensor([part.start, part.stop])).tolist()
+            weights, noted = theta.view(-1)[part], None if seen is None else seen[part]
+            where = offset + first, weights.view_as(block), block
+            piece = Piece(name, *where, self.kept, start + low, start + high, None, noted)
             self.best.offer([piece])
 
     def add(self, k: int, gradient: Tensor) -> None:

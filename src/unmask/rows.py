@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["TOKENS", "blocks", "look_up", "summed"]
+__all__ = ["TOKENS", "Rows", "look_up", "summed"]
 
 TOKENS = 2  # so many times as many rows as tokens, at the least, for it to pay
 BLOCK = 1 << 20  # scalars that are dense at a time
@@ -39,18 +39,51 @@ def summed(gradient: Tensor) -> Tensor:
     return _of_rows(rows, sums, gradient.shape)
 
 
-def blocks(gradient: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The gradient in dense blocks of whole rows: the first scalar's flat index, and the block."""
-    gradient = summed(gradient)
-    rows, sums = gradient._indices()[0], gradient._values()
-    height, width = len(gradient), math.prod(gradient.shape[1:])
-    some = max(1, BLOCK // max(1, width))
-    starts = torch.arange(0, height + some, some, device=rows.device)
-    cuts = torch.searchsorted(rows, starts).tolist()
-    for start, low, high in zip(range(0, height, some), cuts, cuts[1:], strict=False):
-        block = sums.new_zeros(min(some, height - start), *sums.shape[1:])
-        block[rows[low:high] - start] = sums[low:high]
-        yield start * width, block
+class Rows(NamedTuple):
+    """What a tensor of `height` rows has in some of them, `rows`, rising; it is 0 elsewhere."""
+
+    rows: Tensor
+    values: Tensor
+    height: int
+
+    @classmethod
+    def of(cls, gradient: Tensor) -> Rows:
+        """The rows of a sparse gradient with one sparse dimension."""
+        gradient = summed(gradient)
+        return cls(gradient._indices()[0], gradient._values(), len(gradient))
+
+    @property
+    def width(self) -> int:
+        """Scalars of a row."""
+        return math.prod(self.values.shape[1:])
+
+    def within(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the tensor's scalars are in these rows, and where those are in `values`."""
+        row = flat.long() // max(1, self.width)
+        at = torch.searchsorted(self.rows, row)
+        there = torch.cat([self.rows, self.rows.new_tensor([-1])])[at] == row
+        return there, (at * self.width + flat - row * self.width)[there]
+
+    def of_tensor(self, offset: int, at: Tensor) -> Tensor:
+        """The other way: offset + the scalar of the tensor that is in this place of `values`."""
+        row = at // self.width
+        return self.rows[row] * self.width + at - row * self.width + offset
+
+    def split(self) -> Iterator[Rows]:
+        """A few rows at a time."""
+        some = max(1, BLOCK // max(1, self.width))
+        for rows, values in zip(self.rows.split(some), self.values.split(some), strict=True):
+            yield Rows(rows, values, self.height)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """All rows in dense blocks: the first scalar's flat index, and the block."""
+        some = max(1, BLOCK // max(1, self.width))
+        starts = torch.arange(0, self.height + some, some, device=self.rows.device)
+        cuts = torch.searchsorted(self.rows, starts).tolist()
+        for start, low, high in zip(range(0, self.height, some), cuts, cuts[1:], strict=False):
+            block = self.values.new_zeros(min(some, self.height - start), *self.values.shape[1:])
+            block[self.rows[low:high] - start] = self.values[low:high]
+            yield start * self.width, block
 
 
 class _LookUp(torch.autograd.Function):

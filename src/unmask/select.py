@@ -8,7 +8,7 @@ order, then flat index), whatever order tensors come in and however many threads
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,8 @@ class Piece(NamedTuple):
     into  an entry for each of `kept`: where to add their gradients, if the selector `gathers`, as
           it has them in hand
     seen  what the heuristic keeps of it, 1-D
+    places  None, or of a tensor put together from parts of the model's: given flat indices, the
+            global ones of those scalars, as rising as they are; `kept` then has flat ones, too
     """
 
     name: str
@@ -47,6 +49,7 @@ class Piece(NamedTuple):
     stop: int
     into: Tensor | None = None
     seen: Tensor | None = None
+    places: Callable[[Tensor], Tensor] | None = None
 
     @property
     def taken(self) -> Tensor:
@@ -74,13 +77,24 @@ class TopK:
         law = self.heuristic.power_law()
         swept: dict[torch.device, list[Piece]] = {}
         for piece in pieces:
-            if law and piece.grad is not None and compiled_for(piece.theta, piece.grad):
+            if piece.places is not None and law is not None:
+                self._sweep([piece], law)
+            elif law and piece.grad is not None and compiled_for(piece.theta, piece.grad):
                 swept.setdefault(piece.theta.device, []).append(piece)
             elif law is None or piece.grad is not None or self._zero_could_win(piece.offset):
                 self._walk(piece)
         for some in swept.values():
             assert law is not None
             self._sweep(sorted(some, key=lambda piece: piece.offset), law)
+
+    def passes_over_zeros(self, theta: Tensor, grad: Tensor, index: int) -> bool:
+        """Whether a tensor with this global index may be offered without the scalars whose
+        gradient is 0, as `places` of the others."""
+        if not (self.heuristic.power_law() and compiled_for(theta, grad)):
+            return False
+        if self.threshold == -math.inf:
+            self._thin(self.count)
+        return not self._zero_could_win(index)
 
     def best(self) -> tuple[Tensor, Tensor]:
         """The chosen scalars' global indices, sorted, int64, and their gradients."""
@@ -108,6 +122,7 @@ class TopK:
         """Let compiled code find what could win, then score only that."""
         thetas, offsets = [p.theta for p in pieces], [p.offset for p in pieces]
         grads = [p.grad for p in pieces if p.grad is not None]
+        places = pieces[0].places
         kept, into, runs = pieces[0].kept, pieces[0].into, [(p.start, p.stop) for p in pieces]
         if kept.device != thetas[0].device:
             for piece in pieces:
@@ -122,7 +137,8 @@ class TopK:
             while ranges:
                 first, last = ranges.pop()
                 threshold = self.threshold
-                if threshold == 0.0 and not self._zero_could_win(sweep.first(first)):
+                could = places is None and self._zero_could_win(sweep.first(first))
+                if threshold == 0.0 and not could:
                     threshold = math.ulp(0.0)
                 how = threshold, capacity, every, but, self.count
                 found, left, bad = sweep.run(first, last, *how)
@@ -130,6 +146,7 @@ class TopK:
                     raise NonFinite(pieces[bad].name)
                 index, theta, grad = found
                 if len(index):
+                    index = index if places is None else places(index)
                     self._keep(Scalars(theta, grad, "", 0, index), index, grad)
                     self._thin(2 * self.count)
                 ranges += left

@@ -39,8 +39,10 @@ from unmask.kernels.threads import SHARE, in_threads, shares
 __all__ = ["Sweep", "gather", "handles", "insert", "scatter"]
 
 BLOCK = 1024  # scalars bounded at once
+GLANCE = 1 << 19  # least scalars of a thread's share where almost all are passed over
 GROWTH = 4096  # of what is looked at, from round to round at the most
 FEW = 32  # scalars of a part with candidates that are looked at together
+_own = threading.local()
 HANDLED = frozenset([*HALF, torch.int32, torch.int64])
 
 
@@ -115,12 +117,12 @@ class Sweep:
         cuts = np.array([cut], dtype=np.float32)  # the highest so far, of any thread
         rooms: dict[int, tuple[Any, ...]] = {}  # for candidates, one for each thread
         used: dict[int, int] = {}
+        least = (SHARE if threshold <= 0 else GLANCE) * every
 
         def look(a: int, b: int) -> tuple[int, int]:
             thread = threading.get_ident()
             if thread not in rooms:
-                room = np.empty(capacity, dtype=np.int64), *np.empty((2, capacity), np.float32)
-                rooms[thread] = room
+                rooms[thread] = _room(capacity)
             if sum(list(used.values())) > capacity:  # better raise the threshold first
                 return a, -1
             where = *self._arrays, a, b, every, but
@@ -129,7 +131,7 @@ class Sweep:
             used[thread] = count
             return end, bad
 
-        ranges = shares(start, stop, SHARE * every)
+        ranges = shares(start, stop, least)
         looked = in_threads(look, ranges)
         left: list[tuple[int, int]] = []
         for (_, b), (end, _) in zip(ranges, looked, strict=True):
@@ -139,6 +141,16 @@ class Sweep:
         found = zip(*([x[:n] for x in rooms[thread]] for thread, n in used.items()), strict=True)
         index, theta, grad = (torch.from_numpy(np.concatenate(parts)) for parts in found)
         return (index, theta, grad), left, max(bad for _, bad in looked)
+
+
+def _room(capacity: int) -> tuple[Any, ...]:
+    """This thread's room for so many candidates, kept: to ask for it anew takes as long as a look
+    at a million scalars."""
+    room = getattr(_own, "room", None)
+    if room is None or len(room[0]) < capacity:
+        room = np.empty(capacity, dtype=np.int64), *np.empty((2, capacity), np.float32)
+        _own.room = room
+    return tuple(part[:capacity] for part in room)
 
 
 @compiled
