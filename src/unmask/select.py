@@ -137,9 +137,9 @@ class TopK:
             while ranges:
                 first, last = ranges.pop()
                 threshold = self.threshold
-                could = places is None and self._zero_could_win(sweep.first(first))
-                if threshold == 0.0 and not could:
-                    threshold = math.ulp(0.0)
+                if threshold == 0.0:
+                    could = places is None and self._zero_could_win(sweep.first(first))
+                    threshold = 0.0 if could else math.ulp(0.0)
                 how = threshold, capacity, every, but, self.count
                 found, left, bad = sweep.run(first, last, *how)
                 if bad >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -42,6 +43,7 @@ BLOCK = 1024  # scalars bounded at once
 GLANCE = 1 << 19  # least scalars of a thread's share where almost all are passed over
 GROWTH = 4096  # of what is looked at, from round to round at the most
 FEW = 32  # scalars of a part with candidates that are looked at together
+NONE = [np.empty(0, dtype=np.int64), *np.empty((2, 0), dtype=np.float32)]
 _own = threading.local()
 HANDLED = frozenset([*HALF, torch.int32, torch.int64])
 
@@ -107,14 +109,8 @@ class Sweep:
         unseen because more than `capacity` turned up on a thread, and the position of a tensor with
         a gradient that isn't finite, or -1.
         """
-        exp, eps = self._law
-        law, low, cut = bounds(exp, eps, threshold)
-        how = wanted, raising(law, exp, eps)
-        if abs(exp) > STEEP:
-            exp = 0.0  # the weight has no say, nor may it overflow
-        eps = float(torch.tensor(eps, dtype=torch.float32))  # numpy would warn that it is infinite
-        constants = law, np.float32(exp), np.float32(eps), np.int32(low), np.float32(cut)
-        cuts = np.array([cut], dtype=np.float32)  # the highest so far, of any thread
+        constants, how = _constants(*self._law, threshold)
+        cuts = np.array([constants[-1]])  # the highest so far, of any thread
         rooms: dict[int, tuple[Any, ...]] = {}  # for candidates, one for each thread
         used: dict[int, int] = {}
         least = (SHARE if threshold <= 0 else GLANCE) * every
@@ -127,7 +123,7 @@ class Sweep:
                 return a, -1
             where = *self._arrays, a, b, every, but
             more = *constants, *rooms[thread], used.get(thread, 0)
-            count, end, bad = _sweep(*where, *more, cuts, *how)
+            count, end, bad = _sweep(*where, *more, cuts, wanted, how)
             used[thread] = count
             return end, bad
 
@@ -138,9 +134,21 @@ class Sweep:
             if end < b:  # right after another, they are one
                 first = left.pop()[0] if left and left[-1][1] == end else end
                 left.append((first, b))
-        found = zip(*([x[:n] for x in rooms[thread]] for thread, n in used.items()), strict=True)
-        index, theta, grad = (torch.from_numpy(np.concatenate(parts)) for parts in found)
+        parts = [[x[:n] for x in rooms[thread]] for thread, n in used.items() if n] or [NONE]
+        columns = zip(*parts, strict=True)
+        index, theta, grad = (torch.from_numpy(np.concatenate(column)) for column in columns)
         return (index, theta, grad), left, max(bad for _, bad in looked)
+
+
+@lru_cache  # a threshold soon stands, and then this would be a tenth of a short look
+def _constants(exp: float, eps: float, threshold: float) -> tuple[Any, Any]:
+    """What `_sweep` makes of the law and the threshold: (law, exp, eps, low, cut), how."""
+    law, low, cut = bounds(exp, eps, threshold)
+    how = raising(law, exp, eps)
+    if abs(exp) > STEEP:
+        exp = 0.0  # the weight has no say, nor may it overflow
+    eps = float(torch.tensor(eps, dtype=torch.float32))  # numpy would warn that it is infinite
+    return (law, np.float32(exp), np.float32(eps), np.int32(low), np.float32(cut)), how
 
 
 def _room(capacity: int) -> tuple[Any, ...]:
