@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from unmask.derivatives import At
 from unmask.errors import UnmaskWarning
 from unmask.heuristics import D3, Scalars
 from unmask.kernels import Run, reference, sampled
+from unmask.rows import Rows
 
 pytest.importorskip("triton")
 
@@ -578,3 +580,33 @@ def test_they_compile_for_gpus(architecture: int, tmp_path: Any) -> None:
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("draw", [torch.randn, Tied.draw], ids=["distinct", "tied"])
+@pytest.mark.parametrize("index", INTEGERS, ids=str)
+def test_some_rows_are_as_good_as_the_table(
+    draw: Callable[..., Tensor], index: torch.dtype
+) -> None:
+    """Where zeros can't win."""
+    given = problem((300, 320), FLOATS[:2], index, draw=draw)
+    *_, offset = given["offsets"]
+    theta = given["thetas"][1].view(40, 8)
+    some = torch.tensor([0, 7, 8, 39], device=DEVICE)
+    few = Rows(some, given["grads"][1].view(40, 8)[some].mul(3).nan_to_num(), 40)
+    dense = torch.zeros_like(theta).index_copy_(0, some, few.values).view(-1)
+    taken = few.within(given["taken"][1] - offset)[1].to(index)
+    first, second = pieces(given | {"grads": [given["grads"][0], dense]}, None)
+    found = []
+    for rows in (False, True):
+        top = select.TopK(40, D3(1.0, 0.5), DEVICE)
+        top.offer([first])
+        assert top.passes_over_zeros(theta, few.values, offset)
+        if rows:
+            second = select.Piece("", 0, theta[some], few.values, taken, 0, len(taken))
+            second = second._replace(places=partial(few.of_tensor, offset))
+        top.offer([second])
+        found.append(top.best())
+    assert (found[0][0] >= offset).any()
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
