@@ -62,7 +62,7 @@ class Draft:
             self._keep(self.change.index)
         # To -0.0 anything adds up to itself, also -0.0, which 0.0 would turn into 0.0.
         self.gradient = slots.base.new_full((len(self.kept),), -0.0)
-        self._gathers = getattr(self.best, "gathers", False) and slots.base.dtype == torch.float32
+        self._gathers = isinstance(self.best, TopK) and slots.base.dtype == torch.float32
 
     def _keep(self, kept: Tensor) -> None:
         """Set the sorted global indices whose gradients are gathered, and their runs by tensor."""
@@ -104,7 +104,7 @@ class Draft:
 
     def _divides(self, k: int, gradient: Tensor) -> bool:
         """Whether the k-th tensor can be looked at in parts."""
-        apart = self.best is None or getattr(self.best, "gathers", False)
+        apart = self.best is None or isinstance(self.best, TopK)
         flat = self.slots.eligible.tensors[k].is_contiguous() and gradient.sparse_dim() == 1
         return apart and flat and not (self.watching or self._surveys)
 

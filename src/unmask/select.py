@@ -33,8 +33,8 @@ class Piece(NamedTuple):
     theta, grad  in the tensor's own shape
     kept  sorted global indices of scalars that are out of the question, this tensor's in
           kept[start:stop]
-    into  an entry for each of `kept`: where to add their gradients, if the selector `gathers`, as
-          it has them in hand
+    into  an entry for each of `kept`: where a `TopK` is to add their gradients, as it has them in
+          hand
     seen  what the heuristic keeps of it, 1-D
     places  None, or of a tensor put together from parts of the model's: given flat indices, the
             global ones of those scalars, as rising as they are; `kept` then has flat ones, too
@@ -59,8 +59,6 @@ class Piece(NamedTuple):
 
 class TopK:
     """The `count` highest scores of what was offered so far."""
-
-    gathers = True  # see Piece.into
 
     def __init__(self, count: int, heuristic: Heuristic, home: torch.device) -> None:
         self.count = count
