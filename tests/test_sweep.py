@@ -117,6 +117,21 @@ def test_too_many_candidates_are_left_for_later(threads: int, monkeypatch: Any) 
     assert same_bits(into, torch.cat(problem.grads)[problem.kept - 11])
 
 
+def test_threads_of_its_own_find_the_same(monkeypatch: Any) -> None:
+    """Where torch came without an OpenMP library."""
+    monkeypatch.setattr(cpu, "SHARE", 2000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr("unmask.kernels.threads.openmp", lambda: None)
+    problem = Problem(torch.float32, torch.bfloat16)
+    into = torch.zeros(len(problem.kept))
+    for _ in range(20):
+        this = problem.sweep(1.0, 1.0, into.zero_())
+        (index, _, _), left, bad = this.run(0, this.total, -math.inf, 10**6)
+        assert (left, bad) == ([], -1)
+        assert torch.equal(index.sort().values, problem.index[problem.free])
+        assert same_bits(into, torch.cat(problem.grads)[problem.kept - 11])
+
+
 @pytest.mark.parametrize("dtype", [np.int16, np.int32])
 def test_magnitudes_are_compared_in_lanes_as_wide_as_the_numbers(dtype: Any) -> None:
     """numba's own `&` and `max` widen to 64 bits, at which a scan takes several times as long."""

@@ -75,7 +75,9 @@ def test_a_forked_process_works_alone() -> None:
     child = os.fork()
     if not child:
         found = threads.in_threads(lambda i, _: (i, threading.get_ident()), RANGES)
-        os._exit(found != [(i, threading.get_ident()) for i in range(40)])
+        calls: list[int] = []
+        threads.at_once(calls.append, 7, 2)
+        os._exit(found != [(i, threading.get_ident()) for i in range(40)] or calls != [7])
     for _ in range(500):
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
@@ -86,6 +88,58 @@ def test_a_forked_process_works_alone() -> None:
         os.waitpid(child, 0)
         pytest.fail("it waits for ever")
     assert status == 0
+
+
+def handing_out(parts: int, work: Callable[[int], Any]) -> Any:
+    """A function as `at_once` calls it, that takes parts as long as there are any."""
+    waiting = iter(range(parts))
+
+    def take(_: object = None) -> None:
+        for i in waiting:
+            work(i)
+
+    return threads.Callback(take)
+
+
+@pytest.mark.usefixtures("two")
+def test_a_task_is_done_once_and_by_both_when_it_returns() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def work(i: int) -> None:
+        time.sleep(0.002)
+        seen.append((i, threading.get_ident()))
+
+    threads.at_once(handing_out(40, work), 0, 2)
+    assert sorted(i for i, _ in seen) == list(range(40))
+    assert len({thread for _, thread in seen}) == 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that interrupts")
+def test_a_task_outlasts_an_interrupt(monkeypatch: Any) -> None:
+    """Threads write to its memory, so it isn't left while one is at it."""
+    monkeypatch.setattr(threads, "openmp", lambda: None)
+    begun, done = threading.Event(), threading.Event()
+
+    def work(_: object = None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(10)  # then all that is left is to wait for the other
+        else:
+            begun.set()
+            time.sleep(0.3)
+            done.set()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            threads.at_once(work, 0, 2)
+        assert done.is_set()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_one_thread_needs_no_other(monkeypatch: Any) -> None:

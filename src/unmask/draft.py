@@ -120,8 +120,7 @@ class Draft:
         if not isinstance(self.best, TopK):
             return
         if self.best.passes_over_zeros(theta, gradient.values, offset):
-            for some in gradient.split():
-                taken = some.within(flat)[1].to(flat)
+            for some, taken in gradient.split(at.to(flat)):
                 places = partial(some.of_tensor, offset)
                 weights = theta[some.rows]
                 piece = Piece(name, 0, weights, some.values, taken, 0, len(taken), places=places)

@@ -26,7 +26,7 @@ from unmask.select import NonFinite
 from unmask.slots import Change
 
 MODES = ("dense", "streaming", "sampled")
-TOGETHER = 1 << 21  # scalars; streamed gradients wait for each other, as each look has its cost
+TOGETHER = 1 << 23  # bytes; streamed gradients wait for each other, as each look has its cost
 LATE = (
     "this backward pass belongs to a forward pass made before the last optimizer step, or goes on "
     "after a selection was made; with gradients='sampled', run forward after optimizer.step() "
@@ -82,6 +82,7 @@ class Intake:
         self._rounds: dict[int, int] = {}
         self._held: dict[int, Tensor] = {}  # sums that aren't complete
         self._waiting: dict[int, Tensor] = {}  # those that are, to be taken together
+        self._bytes = 0  # that they take
         self._spent = False  # whether a choice has consumed gradients
         self.change = self.bad = None
         self._notes: tuple[dict[int, Tensor], dict[int, Tensor | None]] = ({}, {})
@@ -164,7 +165,8 @@ class Intake:
         if k in self._waiting:
             self._take_waiting()
         self._waiting[k] = gradient
-        if sum(map(torch.numel, self._waiting.values())) >= TOGETHER:
+        self._bytes += gradient.numel() * gradient.element_size()
+        if self._bytes >= TOGETHER:
             self._take_waiting()
         if self.sampled and gradient.dim() > 1 and self._draft is not None and self._draft.settled:
             self._whole.add(k)  # of one dimension it costs nothing, so that goes without saying
@@ -189,7 +191,7 @@ class Intake:
                 self._draft.add(k, gradient)
 
     def _take_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, {}
+        waiting, self._waiting, self._bytes = self._waiting, {}, 0
         self._take(waiting)
 
     def _take(self, gradients: Mapping[int, Tensor]) -> None:

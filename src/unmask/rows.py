@@ -69,11 +69,14 @@ class Rows(NamedTuple):
         row = at // self.width
         return self.rows[row] * self.width + at - row * self.width + offset
 
-    def split(self) -> Iterator[Rows]:
-        """A few rows at a time."""
+    def split(self, at: Tensor) -> Iterator[tuple[Rows, Tensor]]:
+        """A few rows at a time, and those of the rising places `at` in `values` that are theirs."""
         some = max(1, BLOCK // max(1, self.width))
-        for rows, values in zip(self.rows.split(some), self.values.split(some), strict=True):
-            yield Rows(rows, values, self.height)
+        firsts = torch.arange(0, len(self.rows) + some, some).to(at) * self.width
+        cuts = torch.searchsorted(at, firsts).tolist()
+        parts = zip(self.rows.split(some), self.values.split(some), strict=True)
+        for i, (rows, values) in enumerate(parts):
+            yield Rows(rows, values, self.height), at[cuts[i] : cuts[i + 1]] - firsts[i]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """All rows in dense blocks: the first scalar's flat index, and the block."""

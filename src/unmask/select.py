@@ -66,9 +66,12 @@ class TopK:
         self.home = home  # where candidates are kept, whatever devices the tensors are on
         self.threshold = -math.inf  # the count-th best score so far; below it nothing matters
         self.last = -1  # if the threshold is 0, the largest index of those kept that score 0
-        # Candidates as (scores, indices, gradients).
+        # Candidates as (scores, indices, gradients), and some as (weights, indices, gradients), as
+        # a sweep finds few and scoring any takes its time; how many of both, and of the latter.
         none = torch.empty(0, device=home)
         self._found: list[tuple[Tensor, ...]] = [(none, none.long(), none)]
+        self._swept: list[tuple[Tensor, ...]] = []
+        self._held = self._unscored = 0
 
     def offer(self, pieces: Iterable[Piece]) -> None:
         """Look at these tensors. Raises NonFinite, after which this object is of no more use."""
@@ -107,6 +110,7 @@ class TopK:
 
     def _all(self) -> tuple[Tensor, ...]:
         """The candidates, as one."""
+        self._score()
         found = [parts for parts in self._found if len(parts[0])] or self._found[:1]
         columns, joined = list(zip(*found, strict=True)), []
         self._found, found = [], []
@@ -145,7 +149,11 @@ class TopK:
                 index, theta, grad = found
                 if len(index):
                     index = index if places is None else places(index)
-                    self._keep(Scalars(theta, grad, "", 0, index), index, grad)
+                    self._swept.append((theta, index, grad))
+                    self._held += len(index)
+                    self._unscored += len(index)
+                    if self._unscored > FEW:  # so that scores take no room to speak of
+                        self._score()
                     self._thin(2 * self.count)
                 ranges += left
 
@@ -194,6 +202,15 @@ class TopK:
             self._keep(scalars, scalars.index, grad, free)
             self._thin(2 * self.count)
 
+    def _score(self) -> None:
+        """Score what sweeps found."""
+        swept, self._swept = self._swept, []
+        self._held, self._unscored = self._held - self._unscored, 0
+        for device in {theta.device for theta, _, _ in swept}:
+            some = [parts for parts in swept if parts[0].device == device]
+            theta, index, grad = (torch.cat(parts) for parts in zip(*some, strict=True))
+            self._keep(Scalars(theta, grad, "", 0, index), index, grad)
+
     def _keep(
         self, scalars: Scalars, index: Tensor, grad: Tensor, free: Tensor | None = None
     ) -> None:
@@ -206,25 +223,30 @@ class TopK:
             where = (keep if free is None else keep & free).nonzero().squeeze(1)
             found = tuple(x.index_select(0, where) for x in found)
         self._found.append(tuple(x.to(self.home) for x in found))
+        self._held += len(found[1])
 
     def _thin(self, room: int) -> None:
         """If more than `room` candidates are held, keep the best `count`, raise the threshold."""
-        if sum(len(index) for _, index, _ in self._found) <= room:
+        if self._held <= room:
             return
         columns = [*self._all()]
+        if self._held <= room:  # some scores were no numbers
+            return
         self._found, (score, index, _) = [], columns
         self.threshold = _highest(score, self.count)
-        equal = (score == self.threshold).nonzero().squeeze(1)
-        best = (score > self.threshold).nonzero().squeeze(1)
-        equal = equal[index[equal].argsort()[: self.count - len(best)]]  # of equals, the first
-        if self.threshold == 0.0:
-            self.last = int(index[equal].max())
-        best = torch.cat([best, equal])
+        best = (score >= self.threshold).nonzero().squeeze(1)
+        if len(best) > self.count or self.threshold == 0.0:
+            equal = best[score[best] == self.threshold]
+            best = best[score[best] > self.threshold]
+            equal = equal[index[equal].argsort()[: self.count - len(best)]]  # of equals, the first
+            if self.threshold == 0.0:
+                self.last = int(index[equal].max())
+            best = torch.cat([best, equal])
         del score, index
         for i, column in enumerate(columns):
             columns[i] = column.index_select(0, best)
             del column
-        self._found = [tuple(columns)]
+        self._found, self._held = [tuple(columns)], self.count
 
 
 def _highest(score: Tensor, count: int) -> float:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
+from struct import Struct
 from typing import Any
 
 import numpy as np
 import torch
+from numba import carray, cfunc, types  # type: ignore[attr-defined]
 from torch import Tensor
 
 from unmask.kernels.cpu_base import (
@@ -17,11 +20,11 @@ from unmask.kernels.cpu_base import (
     INFINITE,
     MAGNITUDE,
     add,
-    addresses,
     as_float,
     compiled,
-    halves,
+    pointer,
     read,
+    ticket,
 )
 from unmask.kernels.cpu_filter import (
     PART,
@@ -35,7 +38,7 @@ from unmask.kernels.cpu_filter import (
     reachable,
 )
 from unmask.kernels.cpu_moves import gather, insert, scatter
-from unmask.kernels.threads import SHARE, in_threads, shares
+from unmask.kernels.threads import SHARE, Callback, at_once, shares
 
 __all__ = ["Sweep", "gather", "handles", "insert", "scatter"]
 
@@ -43,9 +46,26 @@ BLOCK = 1024  # scalars bounded at once
 GLANCE = 1 << 19  # least scalars of a thread's share where almost all are passed over
 GROWTH = 4096  # of what is looked at, from round to round at the most
 FEW = 32  # scalars of a part with candidates that are looked at together
-NONE = [np.empty(0, dtype=np.int64), *np.empty((2, 0), dtype=np.float32)]
-_own = threading.local()
 HANDLED = frozenset([*HALF, torch.int32, torch.int64])
+NONE = torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0)
+INTEGER = {torch.int32: np.int32, torch.int64: np.int64}
+_own = threading.local()
+
+# A sweep's table has a row for each tensor, and one for the end.
+START, OFFSET, GRAD, GRAD_HALF, THETA, THETA_HALF, FIRST, LAST = range(8)
+
+# All that the threads of a look need: where something lies, and how many there are of it; what is
+# to be seen; and what the law makes of the threshold, `cut` being the highest so far of any thread.
+WORDS = (
+    *("taken", "seats", "shares", "threads", "found", "ends"),
+    *("table", "tensors", "kept", "many", "into", "index", "theta", "grad", "capacity"),
+    *("start", "stop", "every", "but", "wanted", "law", "low"),
+)
+REALS = ("exp", "eps", "cut", "scale", "less", "above", "below")
+TASK = np.dtype([*((name, np.int64) for name in WORDS), *((name, np.float64) for name in REALS)])
+TAKEN, SEATS = (np.uint64(8 * WORDS.index(name)) for name in ("taken", "seats"))
+SIZE = len(WORDS) + len(REALS)
+_PACKED = Struct(f"{len(WORDS)}q{len(REALS)}d")
 
 
 def handles(tensor: Tensor, home: torch.device) -> bool:
@@ -74,22 +94,24 @@ class Sweep:
         into: Tensor | None,
         law: tuple[float, float],
     ) -> None:
-        self._keep = (thetas, grads)  # alive as long as their addresses are used
-        self._law = law
-        self._starts = np.array([0, *accumulate(map(Tensor.numel, thetas))], dtype=np.int64)
-        self._offsets = np.array(offsets, dtype=np.int64)
-        self._arrays = (
-            *(self._starts, self._offsets),
-            *(addresses(grads), halves(grads), addresses(thetas), halves(thetas)),
-            *(kept.numpy(), np.array(runs, dtype=np.int64)),
-            np.empty(0, dtype=np.float32) if into is None else into.numpy(),
-        )
-        self.total = int(self._starts[-1])
+        self._keep = thetas, grads, kept, into  # alive as long as their addresses are used
+        self._law, self._offsets = law, offsets
+        self._starts = [0, *accumulate(map(Tensor.numel, thetas))]
+        self.total = self._starts[-1]
+        each = zip(self._starts[:-1], offsets, grads, thetas, runs, strict=True)
+        rows = [
+            (start, offset, g.data_ptr(), HALF[g.dtype], t.data_ptr(), HALF[t.dtype], *run)
+            for start, offset, g, t, run in each
+        ]
+        self._table = np.array([*rows, (self.total, *[0] * LAST)], dtype=np.int64)
+        at = 0 if into is None else into.data_ptr()
+        self._where = _address(self._table), len(thetas), kept.data_ptr(), len(kept), at
+        self._look, _ = _looker(kept.dtype)
 
     def first(self, place: int) -> int:
         """The least global index from this place of the sweep on."""
-        k = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return int(place - self._starts[k] + self._offsets[k])
+        k = bisect_right(self._starts, place) - 1
+        return place - self._starts[k] + self._offsets[k]
 
     def run(
         self,
@@ -109,73 +131,104 @@ class Sweep:
         unseen because more than `capacity` turned up on a thread, and the position of a tensor with
         a gradient that isn't finite, or -1.
         """
-        constants, how = _constants(*self._law, threshold)
-        cuts = np.array([constants[-1]])  # the highest so far, of any thread
-        rooms: dict[int, tuple[Any, ...]] = {}  # for candidates, one for each thread
-        used: dict[int, int] = {}
-        least = (SHARE if threshold <= 0 else GLANCE) * every
-
-        def look(a: int, b: int) -> tuple[int, int]:
-            thread = threading.get_ident()
-            if thread not in rooms:
-                rooms[thread] = _room(capacity)
-            if sum(list(used.values())) > capacity:  # better raise the threshold first
-                return a, -1
-            where = *self._arrays, a, b, every, but
-            more = *constants, *rooms[thread], used.get(thread, 0)
-            count, end, bad = _sweep(*where, *more, cuts, wanted, how)
-            used[thread] = count
-            return end, bad
-
-        ranges = shares(start, stop, least)
-        looked = in_threads(look, ranges)
+        parts = len(shares(start, stop, (SHARE if threshold <= 0 else GLANCE) * every))
+        threads = min(torch.get_num_threads(), parts)
+        words = SIZE + threads + 3 * parts
+        room, notes, rooms, at = _room(threads * capacity, words)
+        found = at + 8 * SIZE
+        what = *self._where, *rooms, capacity, start, stop, every, but, wanted
+        how = _constants(*self._law, threshold)
+        taken = 0, 0, parts, threads, found, found + 8 * threads
+        _PACKED.pack_into(notes, 0, *taken, *what, *how)
+        notes[SIZE : SIZE + threads] = 0
+        at_once(self._look, at, threads)
+        said = notes[SIZE:words].tolist()
+        counts, bad = said[:threads], max(said[threads + 2 :: 3])
         left: list[tuple[int, int]] = []
-        for (_, b), (end, _) in zip(ranges, looked, strict=True):
+        for end, b in zip(said[threads::3], said[threads + 1 :: 3], strict=True):
             if end < b:  # right after another, they are one
                 first = left.pop()[0] if left and left[-1][1] == end else end
                 left.append((first, b))
-        parts = [[x[:n] for x in rooms[thread]] for thread, n in used.items() if n] or [NONE]
-        columns = zip(*parts, strict=True)
-        index, theta, grad = (torch.from_numpy(np.concatenate(column)) for column in columns)
-        return (index, theta, grad), left, max(bad for _, bad in looked)
+        seats = [slice(i * capacity, i * capacity + n) for i, n in enumerate(counts) if n]
+        if not seats:
+            return NONE, left, bad
+        index, theta, grad = (np.concatenate([x[seat] for seat in seats]) for x in room)
+        return (torch.from_numpy(index), torch.from_numpy(theta), torch.from_numpy(grad)), left, bad
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 @lru_cache  # a threshold soon stands, and then this would be a tenth of a short look
-def _constants(exp: float, eps: float, threshold: float) -> tuple[Any, Any]:
-    """What `_sweep` makes of the law and the threshold: (law, exp, eps, low, cut), how."""
+def _constants(exp: float, eps: float, threshold: float) -> tuple[float, ...]:
+    """(law, low, exp, eps, cut, scale, less, above, below), as `cpu_filter` has them."""
     law, low, cut = bounds(exp, eps, threshold)
     how = raising(law, exp, eps)
     if abs(exp) > STEEP:
         exp = 0.0  # the weight has no say, nor may it overflow
     eps = float(torch.tensor(eps, dtype=torch.float32))  # numpy would warn that it is infinite
-    return (law, np.float32(exp), np.float32(eps), np.int32(low), np.float32(cut)), how
+    return law, low, exp, eps, cut, *how
 
 
-def _room(capacity: int) -> tuple[Any, ...]:
-    """This thread's room for so many candidates, kept: to ask for it anew takes as long as a look
-    at a million scalars."""
-    room = getattr(_own, "room", None)
-    if room is None or len(room[0]) < capacity:
-        room = np.empty(capacity, dtype=np.int64), *np.empty((2, capacity), np.float32)
-        _own.room = room
-    return tuple(part[:capacity] for part in room)
+def _room(capacity: int, words: int) -> tuple[Any, ...]:
+    """This thread's room for so many candidates and a task of so many words, and where it lies.
+
+    It is kept: to ask for it anew takes as long as a look at a million scalars.
+    """
+    found: tuple[Any, ...] | None = getattr(_own, "room", None)
+    if found is None or len(found[0][0]) < capacity or len(found[1]) < words:
+        room = np.empty(capacity, np.int64), *np.empty((2, capacity), np.float32)
+        notes = np.zeros(words, np.int64)
+        found = _own.room = room, notes, tuple(map(_address, room)), _address(notes)
+    return found
+
+
+@cache
+def _looker(dtype: torch.dtype) -> Any:
+    """What each thread does with a task, where `kept` is of that dtype, for `at_once`."""
+    integer: Any = INTEGER[dtype]
+    made: Any = cfunc(types.void(types.uint64), cache=True)
+
+    @made
+    def look(address):  # type: ignore[no-untyped-def]
+        task = carray(pointer(address), (1,), dtype=TASK)[0]
+        table = carray(pointer(task.table), (task.tensors + 1, 8), dtype=np.int64)
+        kept = carray(pointer(task.kept), (task.many,), dtype=integer)
+        into = carray(pointer(task.into), (task.many,), dtype=np.float32)
+        counts = carray(pointer(task.found), (task.threads,), dtype=np.int64)
+        ends = carray(pointer(task.ends), (task.shares, 3), dtype=np.int64)
+        seat = ticket(address + SEATS)
+        first, last = seat * task.capacity, (seat + 1) * task.capacity
+        index = carray(pointer(task.index), (last,), dtype=np.int64)[first:]
+        theta = carray(pointer(task.theta), (last,), dtype=np.int32)[first:]
+        grad = carray(pointer(task.grad), (last,), dtype=np.int32)[first:]
+        share = ticket(address + TAKEN)
+        while share < task.shares:
+            start = task.start + (task.stop - task.start) * share // task.shares
+            stop = task.start + (task.stop - task.start) * (share + 1) // task.shares
+            end, bad = start, -1
+            if counts.sum() <= task.capacity:  # else better raise the threshold first
+                given = task, table, kept, into, index, theta, grad, start, stop, counts[seat]
+                counts[seat], end, bad = _sweep(*given)
+            ends[share, 0], ends[share, 1], ends[share, 2] = end, stop, bad
+            share = ticket(address + TAKEN)
+
+    return Callback(look.address), look  # which lasts as long
 
 
 @compiled
-def _sweep(  # type: ignore[no-untyped-def]
-    starts, offsets, g_at, g_half, t_at, t_half, kept, runs, into,
-    start, stop, every, but, law, exp, eps, low, cut, out_index, out_theta, out_grad, count,
-    cuts, wanted, how,
-):  # fmt: skip
+def _sweep(task, table, kept, into, out_index, out_theta, out_grad, start, stop, count):  # type: ignore[no-untyped-def]
     """(number found, where it stopped, tensor with a gradient that isn't finite or -1); the first
     `count` were found before.
 
     Loops over a block are kept free of branches so that they vectorise.
     """
-    out_theta, out_grad = out_theta.view(np.int32), out_grad.view(np.int32)
+    law, exp, eps, cut = task.law, np.float32(task.exp), np.float32(task.eps), np.float32(task.cut)
+    low, every, but, wanted = np.int32(task.low), task.every, task.but, task.wanted
     first = count  # that were found in whole blocks
     due = 2 * wanted  # when there may be many that others outdo
-    k = np.searchsorted(starts, start, side="right") - 1
+    k = np.searchsorted(table[:, START], start, side="right") - 1
     at, seen, t = start, -1, 0
     while at < stop:
         block = at // BLOCK
@@ -185,18 +238,20 @@ def _sweep(  # type: ignore[no-untyped-def]
         if skipped > 0:
             at = (block + skipped) * BLOCK
             continue
-        while at >= starts[k + 1]:
+        while at >= table[k + 1, START]:
             k += 1
-        shift = offsets[k] - starts[k]  # from the place in the sweep to the global index
-        taken = kept[runs[k, 0] : runs[k, 1]]
-        if seen != at or at == starts[k]:
-            t = np.searchsorted(taken, at + shift)
-        if cuts[0] > cut:  # another thread's
-            cut = cuts[0]
+        here = at - table[k, START]
+        offset = table[k, OFFSET]
+        taken = kept[table[k, FIRST] : table[k, LAST]]
+        if seen != at or here == 0:
+            t = np.searchsorted(taken, here + offset)
+        if task.cut > cut:  # another thread's
+            cut = np.float32(task.cut)
             low = max(low, least_gradient(eps, law, exp, cut))
-        n = min((block + 1) * BLOCK, stop, starts[k + 1]) - at
-        here = at - starts[k]
-        source = g_at[k], g_half[k], t_at[k], t_half[k]
+        n = min((block + 1) * BLOCK, stop, table[k + 1, START]) - at
+        g_at, g_half = np.uint64(table[k, GRAD]), table[k, GRAD_HALF] != 0
+        t_at, t_half = np.uint64(table[k, THETA]), table[k, THETA_HALF] != 0
+        source = g_at, g_half, t_at, t_half
         wins, top = reachable(*source, here, n, law, exp, eps, low, cut)
         if top >= INFINITE:
             return count, at, k
@@ -215,28 +270,34 @@ def _sweep(  # type: ignore[no-untyped-def]
                     if least_at(*source, near, some, law, exp, eps, cut) > 0:
                         continue
                     for i in range(near, near + some):
-                        g = read(g_at[k], g_half[k], i) & MAGNITUDE
-                        base = as_float(read(t_at[k], t_half[k], i) & MAGNITUDE) + eps
+                        g = read(g_at, g_half, i) & MAGNITUDE
+                        base = as_float(read(t_at, t_half, i) & MAGNITUDE) + eps
                         if g < low or not lacking(as_float(g), base, law, exp, cut) <= 0:
                             continue
-                        scalar = i + offsets[k]
+                        scalar = i + offset
                         while u < taken.size and taken[u] < scalar:
                             u += 1
                         if u == taken.size or taken[u] != scalar:
                             out_index[count] = scalar
-                            out_theta[count] = read(t_at[k], t_half[k], i)
-                            out_grad[count] = read(g_at[k], g_half[k], i)
+                            out_theta[count] = read(t_at, t_half, i)
+                            out_grad[count] = read(g_at, g_half, i)
                             count += 1
         if wanted > 0 and count >= due:
-            found = out_index, out_theta, out_grad
-            count, cuts[0] = outdone(*found, count, wanted, law, exp, eps, cut, how)
+            found, how = (out_index, out_theta, out_grad), _raising(task)
+            count, task.cut = outdone(*found, count, wanted, law, exp, eps, cut, how)
             due = max(count + wanted, 2 * wanted)
         first = count
         at += n
         seen = at
-        while t < taken.size and taken[t] < at + shift:
-            if into.size > 0:
-                bits = read(g_at[k], g_half[k], taken[t] - offsets[k])
-                into[runs[k, 0] + t] = add(into[runs[k, 0] + t], bits, g_half[k])
+        while t < taken.size and taken[t] < here + n + offset:
+            if task.into != 0:
+                bits = read(g_at, g_half, taken[t] - offset)
+                into[table[k, FIRST] + t] = add(into[table[k, FIRST] + t], bits, g_half)
             t += 1
     return count, stop, -1
+
+
+@compiled
+def _raising(task):  # type: ignore[no-untyped-def]
+    """As `cpu_filter.raising` has it."""
+    return task.scale, task.less, task.above, task.below

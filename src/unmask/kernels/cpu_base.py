@@ -65,6 +65,18 @@ prefetch, prefetch_to_write = _prefetching(0), _prefetching(1)
 
 
 @_intrinsic
+def ticket(_context, _address):  # type: ignore[no-untyped-def]
+    """The int64 at an address, which is one more afterwards: no two threads get the same."""
+
+    def generate(context, builder, _, arguments):  # type: ignore[no-untyped-def]
+        word = context.get_value_type(types.int64)
+        place = builder.inttoptr(arguments[0], word.as_pointer())
+        return builder.atomic_rmw("add", place, word(1), "monotonic")
+
+    return types.int64(types.uint64), generate
+
+
+@_intrinsic
 def shift(_context, numbers, start, count, by):  # type: ignore[no-untyped-def]
     """numbers[start + by : start + by + count] = numbers[start : start + count], which may
     overlap."""

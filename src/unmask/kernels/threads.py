@@ -35,6 +35,28 @@ def shares(start: int, stop: int, least: int = SHARE) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
+def at_once(function: Any, task: int, threads: int) -> None:
+    """Call a compiled function with a task's address on so many threads, this one among them, and
+    return when all are done. It hands out the task's parts itself: a late thread finds none left.
+    """
+    if threads < 2 or os.getpid() != HOME:  # a forked process has none of the threads
+        function(task)
+    elif (parallel := openmp()) is not None:
+        parallel(function, task, threads, 0)
+    else:
+        helpers = [_pool().submit(function, task) for _ in range(threads - 1)]
+        function(task)
+        interrupt: BaseException | None = None
+        for helper in helpers:
+            while not (helper.cancel() or helper.done()):
+                try:
+                    helper.result()
+                except KeyboardInterrupt as problem:  # the task's memory is still in use
+                    interrupt = problem
+        if interrupt is not None:
+            raise interrupt
+
+
 def in_threads(work: Callable[[int, int], T], ranges: list[tuple[int, int]]) -> list[T]:
     """What the work returns for each range. Threads take the next as they become free, since some
     ranges have more to them than others, and some threads a core of their own.

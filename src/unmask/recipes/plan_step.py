@@ -29,7 +29,7 @@ SLOT = 4 + 4 + 4 + 4 + 4
 # scalar that it chooses the candidates, twice as many, and their sorting.
 MAKING, CANDIDATE = 4, 56
 WORKSPACE = 1 << 20  # blocks of scores in the making, however large the model
-TOGETHER = 1 << 21  # scalars whose gradients wait for each other, with `streaming`
+TOGETHER = 1 << 23  # bytes of gradients that wait for each other, with `streaming`
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Step:
         if self.mode in ("streaming", "sampled") and not whole:
             self._waiting.append(parameter.grad)
             parameter.grad = None
-            if sum(map(torch.numel, self._waiting)) >= TOGETHER:
+            if sum(g.numel() * g.element_size() for g in self._waiting) >= TOGETHER:
                 self._waiting.clear()
 
     def _optimizer(self) -> torch.optim.Optimizer:
