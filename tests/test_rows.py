@@ -288,6 +288,18 @@ def test_rows_know_their_places(shape: tuple[int, ...]) -> None:
     assert torch.equal(few.of_tensor(5, at), flat[there] + 5)
 
 
+@pytest.mark.parametrize("block", [1, 8, 9, 100])
+def test_rows_split_know_their_own_places(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "BLOCK", block)
+    values = torch.randn(5, 4, generator=seeded(0))
+    few = rows.Rows(torch.tensor([0, 3, 4, 7, 8]), values, 9)
+    _, at = few.within(torch.tensor([1, 2, 5, 13, 15, 16, 19, 30, 31, 32, 35]))
+    found = [(part.values.flatten()[own], len(part.rows)) for part, own in few.split(at)]
+    assert torch.equal(torch.cat([own for own, _ in found]), values.flatten()[at])
+    assert sum(length for _, length in found) == 5
+    assert max(length for _, length in found) == min(5, max(1, block // 4))
+
+
 @pytest.mark.parametrize("looked_up", [[], [5], [0, 1, 2, 210], list(range(0, 210, 2))], ids=len)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("others", [0.0, 1e-3, 2.0])
@@ -327,7 +339,8 @@ def test_rows_that_are_not_there_are_passed_over(monkeypatch: pytest.MonkeyPatch
     seen = []
     blocks = rows.Rows.blocks
     monkeypatch.setattr(rows.Rows, "blocks", lambda self: seen.append(1) or blocks(self))
-    Run(unmask.id3(30), "streaming").train(3)
+    few = [Run(unmask.id3(90), gradients).train() for gradients in ("dense", "streaming")]
     assert not seen
+    assert_alike(*few)
     Run(unmask.id3(600), "streaming").train(5)
     assert seen

@@ -280,6 +280,17 @@ def test_odd_scores_are_ranked_as_they_are(
     assert same_bits(grad, grads[index - problem.offsets[0]])
 
 
+@pytest.mark.parametrize("law", [D3(1.0, 0.5), D3(-1.0, 1e-3)], ids=repr)
+def test_scores_that_are_no_numbers_take_no_ones_place(law: D3) -> None:
+    """Also if there are so many that too few of the others are left to make a threshold."""
+    top, none = TopK(2, law, torch.device("cpu")), torch.empty(0, dtype=torch.int32)
+    theta, grad = torch.full((9,), torch.nan), torch.ones(9)
+    theta[4] = 1.0
+    top.offer([Piece("", 0, theta, grad, none, 0, 0)])
+    top.offer([Piece("", 9, torch.ones(9), torch.arange(9) / 100, none, 0, 0)])
+    assert top.best()[0].tolist() == [4, 17]
+
+
 def best(problem: Problem, score: Tensor, wanted: int) -> Tensor:
     """The global indices of that many best scores and of whatever equals the last; no NaN."""
     score = torch.where(problem.free & ~score.isnan(), score, -torch.inf)

@@ -65,7 +65,7 @@ class TopK:
         self.heuristic = heuristic
         self.home = home  # where candidates are kept, whatever devices the tensors are on
         self.threshold = -math.inf  # the count-th best score so far; below it nothing matters
-        self.last = -1  # if the threshold is 0, the largest index of those kept that score 0
+        self.last = -1  # of a power law's scores, if the threshold is 0: the last of those kept
         # Candidates as (scores, indices, gradients), and some as (weights, indices, gradients), as
         # a sweep finds few and scoring any takes its time; how many of both, and of the latter.
         none = torch.empty(0, device=home)
@@ -230,12 +230,12 @@ class TopK:
         if self._held <= room:
             return
         columns = [*self._all()]
-        if self._held <= room:  # some scores were no numbers
+        if len(columns[0]) <= room:  # some scores were no numbers
             return
         self._found, (score, index, _) = [], columns
         self.threshold = _highest(score, self.count)
         best = (score >= self.threshold).nonzero().squeeze(1)
-        if len(best) > self.count or self.threshold == 0.0:
+        if len(best) > self.count:
             equal = best[score[best] == self.threshold]
             best = best[score[best] > self.threshold]
             equal = equal[index[equal].argsort()[: self.count - len(best)]]  # of equals, the first
