@@ -339,7 +339,7 @@ def test_rows_that_are_not_there_are_passed_over(monkeypatch: pytest.MonkeyPatch
     seen = []
     blocks = rows.Rows.blocks
     monkeypatch.setattr(rows.Rows, "blocks", lambda self: seen.append(1) or blocks(self))
-    few = [Run(unmask.id3(90), gradients).train() for gradients in ("dense", "streaming")]
+    few = [Run(unmask.id3(30), gradients).train(3) for gradients in ("dense", "streaming")]
     assert not seen
     assert_alike(*few)
     Run(unmask.id3(600), "streaming").train(5)

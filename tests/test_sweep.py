@@ -318,6 +318,22 @@ def test_what_others_outdo_is_left_out(
             assert len(index) <= threads * (3 * wanted + cpu.BLOCK)
 
 
+@pytest.mark.parametrize("exp", [-0.3, -1.0, -1.7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_with_few_digits_outdo_no_more_than_they_do(
+    exp: float, dtype: torch.dtype, monkeypatch: Any
+) -> None:
+    """The logarithm of a denormal weight is far below what its bits say."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # so that one finds enough
+    problem = Extremes(-45.0, -36.0, dtype, 0)
+    score = problem.scores(exp, 1e-300)
+    for wanted in (3000, 20_000, 30_000):
+        this = problem.sweep(exp, 1e-300)
+        (index, _, _), left, _ = this.run(0, this.total, -math.inf, 10**6, wanted=wanted)
+        assert not left
+        assert torch.isin(best(problem, score, wanted), index).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     exp=st.sampled_from([0.0, 1.0, 2.0, -1.0, 0.5, -1.7, 3.0]),

@@ -127,7 +127,8 @@ def met(g, base, law, exp):  # type: ignore[no-untyped-def]
     """The cut that a scalar just meets, -inf if its score may be no normal number."""
     power = exp * (np.float32(as_bits(base)) / np.float32(ONE) - np.float32(127))
     most = np.float32(120) - np.float32(LOG_SLACK) * abs(exp)
-    if g < np.float32(SMALLEST) or as_bits(base) >= INFINITE or not abs(power) < most:
+    digits = min(g, base) >= np.float32(SMALLEST)  # else bits are no logarithm
+    if not digits or as_bits(base) >= INFINITE or not abs(power) < most:
         return np.float32(-np.inf)
     if law == 0:
         return g
