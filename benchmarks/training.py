@@ -152,7 +152,8 @@ def pair(mode: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any
         workers[one] = Worker(one, options) if own else Local(one, options)
         workers[one].step(ask=False)  # built
     rounds: dict[str, list[dict[str, Any]]] = {one: [] for one in workers}
-    for turn in range(1 + options.repeats):
+    often = 3 if mode == "streaming" else 1  # its target is 3 per cent, and steps differ by 20
+    for turn in range(1 + often * options.repeats):
         for one, worker in workers.items():
             found = worker.step()
             if turn:
