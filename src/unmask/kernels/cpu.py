@@ -283,7 +283,8 @@ def _sweep(task, table, kept, into, out_index, out_theta, out_grad, start, stop,
                             out_grad[count] = read(g_at, g_half, i)
                             count += 1
         if wanted > 0 and count >= due:
-            found, how = (out_index, out_theta, out_grad), _raising(task)
+            found = out_index, out_theta, out_grad
+            how = task.scale, task.less, task.above, task.below  # as `raising` has it
             count, task.cut = outdone(*found, count, wanted, law, exp, eps, cut, how)
             due = max(count + wanted, 2 * wanted)
         first = count
@@ -295,9 +296,3 @@ def _sweep(task, table, kept, into, out_index, out_theta, out_grad, start, stop,
                 into[table[k, FIRST] + t] = add(into[table[k, FIRST] + t], bits, g_half)
             t += 1
     return count, stop, -1
-
-
-@compiled
-def _raising(task):  # type: ignore[no-untyped-def]
-    """As `cpu_filter.raising` has it."""
-    return task.scale, task.less, task.above, task.below
