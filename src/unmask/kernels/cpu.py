@@ -22,8 +22,11 @@ from unmask.kernels.cpu_base import (
     add,
     as_float,
     compiled,
+    first_from,
+    index_at,
     pointer,
     read,
+    stamped,
     ticket,
 )
 from unmask.kernels.cpu_filter import (
@@ -48,7 +51,6 @@ GROWTH = 4096  # of what is looked at, from round to round at the most
 FEW = 32  # scalars of a part with candidates that are looked at together
 HANDLED = frozenset([*HALF, torch.int32, torch.int64])
 NONE = torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0)
-INTEGER = {torch.int32: np.int32, torch.int64: np.int64}
 _own = threading.local()
 
 # A sweep's table has a row for each tensor, and one for the end.
@@ -58,7 +60,7 @@ START, OFFSET, GRAD, GRAD_HALF, THETA, THETA_HALF, FIRST, LAST = range(8)
 # to be seen; and what the law makes of the threshold, `cut` being the highest so far of any thread.
 WORDS = (
     *("taken", "seats", "shares", "threads", "found", "ends"),
-    *("table", "tensors", "kept", "many", "into", "index", "theta", "grad", "capacity"),
+    *("table", "tensors", "kept", "wide", "many", "into", "index", "theta", "grad", "capacity"),
     *("start", "stop", "every", "but", "wanted", "law", "low"),
 )
 REALS = ("exp", "eps", "cut", "scale", "less", "above", "below")
@@ -105,8 +107,8 @@ class Sweep:
         ]
         self._table = np.array([*rows, (self.total, *[0] * LAST)], dtype=np.int64)
         at = 0 if into is None else into.data_ptr()
-        self._where = _address(self._table), len(thetas), kept.data_ptr(), len(kept), at
-        self._look, _ = _looker(kept.dtype)
+        held = kept.data_ptr(), kept.dtype == torch.int64, len(kept)
+        self._where = _address(self._table), len(thetas), *held, at
 
     def first(self, place: int) -> int:
         """The least global index from this place of the sweep on."""
@@ -141,7 +143,7 @@ class Sweep:
         taken = 0, 0, parts, threads, found, found + 8 * threads
         _PACKED.pack_into(notes, 0, *taken, *what, *how)
         notes[SIZE : SIZE + threads] = 0
-        at_once(self._look, at, threads)
+        at_once(_looker()[0], at, threads)
         said = notes[SIZE:words].tolist()
         counts, bad = said[:threads], max(said[threads + 2 :: 3])
         left: list[tuple[int, int]] = []
@@ -185,16 +187,15 @@ def _room(capacity: int, words: int) -> tuple[Any, ...]:
 
 
 @cache
-def _looker(dtype: torch.dtype) -> Any:
-    """What each thread does with a task, where `kept` is of that dtype, for `at_once`."""
-    integer: Any = INTEGER[dtype]
+def _looker() -> Any:
+    """What each thread does with a task, for `at_once`."""
     made: Any = cfunc(types.void(types.uint64), cache=True)
 
     @made
+    @stamped
     def look(address):  # type: ignore[no-untyped-def]
         task = carray(pointer(address), (1,), dtype=TASK)[0]
         table = carray(pointer(task.table), (task.tensors + 1, 8), dtype=np.int64)
-        kept = carray(pointer(task.kept), (task.many,), dtype=integer)
         into = carray(pointer(task.into), (task.many,), dtype=np.float32)
         counts = carray(pointer(task.found), (task.threads,), dtype=np.int64)
         ends = carray(pointer(task.ends), (task.shares, 3), dtype=np.int64)
@@ -209,7 +210,7 @@ def _looker(dtype: torch.dtype) -> Any:
             stop = task.start + (task.stop - task.start) * (share + 1) // task.shares
             end, bad = start, -1
             if counts.sum() <= task.capacity:  # else better raise the threshold first
-                given = task, table, kept, into, index, theta, grad, start, stop, counts[seat]
+                given = task, table, into, index, theta, grad, start, stop, counts[seat]
                 counts[seat], end, bad = _sweep(*given)
             ends[share, 0], ends[share, 1], ends[share, 2] = end, stop, bad
             share = ticket(address + TAKEN)
@@ -218,7 +219,7 @@ def _looker(dtype: torch.dtype) -> Any:
 
 
 @compiled
-def _sweep(task, table, kept, into, out_index, out_theta, out_grad, start, stop, count):  # type: ignore[no-untyped-def]
+def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count):  # type: ignore[no-untyped-def]
     """(number found, where it stopped, tensor with a gradient that isn't finite or -1); the first
     `count` were found before.
 
@@ -228,8 +229,8 @@ def _sweep(task, table, kept, into, out_index, out_theta, out_grad, start, stop,
     low, every, but, wanted = np.int32(task.low), task.every, task.but, task.wanted
     first = count  # that were found in whole blocks
     due = 2 * wanted  # when there may be many that others outdo
-    k = np.searchsorted(table[:, START], start, side="right") - 1
-    at, seen, t = start, -1, 0
+    kept, wide = np.uint64(task.kept), task.wide != 0
+    k, at, seen, t = 0, start, -1, 0
     while at < stop:
         block = at // BLOCK
         skipped = -block % every
@@ -242,9 +243,9 @@ def _sweep(task, table, kept, into, out_index, out_theta, out_grad, start, stop,
             k += 1
         here = at - table[k, START]
         offset = table[k, OFFSET]
-        taken = kept[table[k, FIRST] : table[k, LAST]]
+        last = table[k, LAST]
         if seen != at or here == 0:
-            t = np.searchsorted(taken, here + offset)
+            t = first_from(kept, wide, table[k, FIRST], last, here + offset)
         if task.cut > cut:  # another thread's
             cut = np.float32(task.cut)
             low = max(low, least_gradient(eps, law, exp, cut))
@@ -275,9 +276,9 @@ def _sweep(task, table, kept, into, out_index, out_theta, out_grad, start, stop,
                         if g < low or not lacking(as_float(g), base, law, exp, cut) <= 0:
                             continue
                         scalar = i + offset
-                        while u < taken.size and taken[u] < scalar:
+                        while u < last and index_at(kept, wide, u) < scalar:
                             u += 1
-                        if u == taken.size or taken[u] != scalar:
+                        if u == last or index_at(kept, wide, u) != scalar:
                             out_index[count] = scalar
                             out_theta[count] = read(t_at, t_half, i)
                             out_grad[count] = read(g_at, g_half, i)
@@ -290,9 +291,8 @@ def _sweep(task, table, kept, into, out_index, out_theta, out_grad, start, stop,
         first = count
         at += n
         seen = at
-        while t < taken.size and taken[t] < here + n + offset:
+        while t < last and index_at(kept, wide, t) < here + n + offset:
             if task.into != 0:
-                bits = read(g_at, g_half, taken[t] - offset)
-                into[table[k, FIRST] + t] = add(into[table[k, FIRST] + t], bits, g_half)
+                into[t] = add(into[t], read(g_at, g_half, index_at(kept, wide, t) - offset), g_half)
             t += 1
     return count, stop, -1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +21,30 @@ MAGNITUDE = np.int32(0x7FFFFFFF)
 HALF = {torch.float32: False, torch.bfloat16: True}  # weights handled: whether they are 16 bits
 
 # Without types, since mypy sees what numba is given, not what it makes of it.
-compiled: Any = njit(nogil=True, cache=True)
+compiled: Any = njit(nogil=True)  # as a part of what calls it
+_sources = sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+)
 _intrinsic: Any = intrinsic
 _move: Any = cgutils.raw_memmove
+
+
+def stamped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under a name that changes with any kernel: what numba keeps on disk goes by the
+    name and the function's own file, which may be as it was when what it calls is not."""
+    function.__qualname__ += f".{_version()}"
+    return function
+
+
+@cache
+def _version() -> str:
+    kernels = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(b"".join(path.read_bytes() for path in kernels)).hexdigest()[:8]
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """Compiled for Python to call, and kept on disk."""
+    return njit(nogil=True, cache=True)(stamped(function))
 
 
 def addresses(tensors: Iterable[Tensor]) -> np.ndarray[Any, Any]:
@@ -152,6 +176,26 @@ def read(address, half, i):  # type: ignore[no-untyped-def]
     if half:
         return np.int32(carray(pointer(address), (i + 1,), dtype=np.int16)[i]) << np.int32(16)
     return carray(pointer(address), (i + 1,), dtype=np.int32)[i]
+
+
+@compiled
+def index_at(address, wide, i):  # type: ignore[no-untyped-def]
+    """The i-th of the indices at an address, int64 or int32."""
+    if wide:
+        return carray(pointer(address), (i + 1,), dtype=np.int64)[i]
+    return np.int64(carray(pointer(address), (i + 1,), dtype=np.int32)[i])
+
+
+@compiled
+def first_from(address, wide, start, stop, least):  # type: ignore[no-untyped-def]
+    """The place, from start on, of the first of the rising indices that is `least` or more."""
+    while start < stop:
+        middle = (start + stop) // 2
+        if index_at(address, wide, middle) < least:
+            start = middle + 1
+        else:
+            stop = middle
+    return start
 
 
 @compiled

@@ -198,18 +198,40 @@ def _least(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
 
 @compiled
 def least_at(g_at, g_half, t_at, t_half, at, n, law, exp, eps, cut):  # type: ignore[no-untyped-def]
-    """The same of n scalars from `at` on."""
-    g16 = carray(pointer(g_at), (at + n,), dtype=np.int16)[at:]
-    g32 = carray(pointer(g_at), (at + n,), dtype=np.int32)[at:]
-    t16 = carray(pointer(t_at), (at + n,), dtype=np.int16)[at:]
-    t32 = carray(pointer(t_at), (at + n,), dtype=np.int32)[at:]
-    if g_half and t_half:
-        return _least(g16, t16, law, exp, eps, cut)
+    """The same of n scalars from `at` on; 0, as if one could, where their kinds are two."""
+    if g_half != t_half:  # seldom, and each pair of kinds takes a second to compile
+        return np.int32(0)
     if g_half:
-        return _least(g16, t32, law, exp, eps, cut)
-    if t_half:
-        return _least(g32, t16, law, exp, eps, cut)
+        g16 = carray(pointer(g_at), (at + n,), dtype=np.int16)[at:]
+        t16 = carray(pointer(t_at), (at + n,), dtype=np.int16)[at:]
+        return _least(g16, t16, law, exp, eps, cut)
+    g32 = carray(pointer(g_at), (at + n,), dtype=np.int32)[at:]
+    t32 = carray(pointer(t_at), (at + n,), dtype=np.int32)[at:]
     return _least(g32, t32, law, exp, eps, cut)
+
+
+@compiled
+def nth(numbers, n):  # type: ignore[no-untyped-def]
+    """The n-th smallest, from 0 on; the vector is partly sorted on the way. (numba's `np.partition`
+    takes ten seconds to compile.)"""
+    first, last = 0, len(numbers) - 1
+    while first < last:
+        pivot, i, j = numbers[(first + last) // 2], first, last
+        while i <= j:
+            while numbers[i] < pivot:
+                i += 1
+            while numbers[j] > pivot:
+                j -= 1
+            if i <= j:
+                numbers[i], numbers[j] = numbers[j], numbers[i]
+                i, j = i + 1, j - 1
+        if n <= j:  # those up to j aren't above the pivot, those from i on not below it
+            last = j
+        elif n >= i:
+            first = i
+        else:
+            break
+    return numbers[n]
 
 
 @compiled
@@ -221,7 +243,7 @@ def outdone(index, theta, grad, count, wanted, law, exp, eps, cut, raising):  # 
         base = as_float(theta[i] & MAGNITUDE) + eps
         cuts[i] = met(as_float(grad[i] & MAGNITUDE), base, law, exp)
     scale, less, above, below = raising
-    last = np.partition(cuts, count - wanted)[count - wanted]
+    last = nth(cuts, count - wanted)
     higher = np.float32(scale * last - less)
     if not above < last < below or not higher > cut:
         return count, cut

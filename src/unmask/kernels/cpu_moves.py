@@ -13,7 +13,7 @@ from unmask.kernels.cpu_base import (
     addresses,
     as_bits,
     as_float,
-    compiled,
+    entry,
     halves,
     pointer,
     read,
@@ -60,7 +60,7 @@ def _table(runs: list[Run]) -> tuple[np.ndarray[Any, Any], ...]:
     return numbers, addresses(tensors), halves(tensors)
 
 
-@compiled
+@entry
 def _gather(runs, address, half, index, first, last, out, more):  # type: ignore[no-untyped-def]
     for k in range(len(runs)):
         offset, start, stop = runs[k]
@@ -69,7 +69,7 @@ def _gather(runs, address, half, index, first, last, out, more):  # type: ignore
             out[i] = add(out[i], bits, half[k]) if more else as_float(bits)
 
 
-@compiled
+@entry
 def _scatter(runs, address, half, index, first, last, values, where, jump):  # type: ignore[no-untyped-def]
     for k in range(len(runs)):
         offset, start, stop = runs[k]
@@ -82,7 +82,7 @@ def _scatter(runs, address, half, index, first, last, values, where, jump):  # t
             carray(pointer(address[k]), (flat + 1,), dtype=np.uint16)[flat] = rounded(bits)
 
 
-@compiled
+@entry
 def _insert(index, more, belongs, more_belongs):  # type: ignore[no-untyped-def]
     stop = len(index) - len(more)
     for j in range(len(more) - 1, -1, -1):  # from the end, as that is where there is room

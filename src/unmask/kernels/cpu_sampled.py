@@ -17,6 +17,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from unmask.kernels.cpu_base import compiled, entry
 from unmask.kernels.threads import in_threads
 
 BLOCK = 64  # tokens turned round at once
@@ -27,8 +28,7 @@ WORTH = 1 << 18  # multiplications and moves from which a second thread is worth
 
 # Sums may be taken in any order, so that they vectorise; NaN and infinity still count.
 _FAST = {"reassoc", "contract", "nsz"}
-_compile: Any = njit(nogil=True, cache=True)
-_compile_sums: Any = njit(nogil=True, cache=True, fastmath=_FAST)
+_compile_sums: Any = njit(nogil=True, fastmath=_FAST)
 
 # How a dtype's bits are looked at, and how far they are shifted to be the same float32's.
 BITS = {torch.float32: (torch.int32, 0), torch.bfloat16: (torch.int16, 16)}
@@ -103,7 +103,7 @@ _DEALT = [
 _turn_square: Any = intrinsic(_squares)
 
 
-@_compile
+@compiled
 def _turn(x, shift, tiles, start, count, out):  # type: ignore[no-untyped-def]
     """out[j, t] = x[start + t, j] as float32, for the columns j in these tiles."""
     bits = out.view(np.int32)
@@ -120,7 +120,7 @@ def _turn(x, shift, tiles, start, count, out):  # type: ignore[no-untyped-def]
                 bits[j, t] = np.int32(x[start + t, j]) << shift
 
 
-@_compile
+@compiled
 def _cut(x, shift, tiles, start, count, out):  # type: ignore[no-untyped-def]
     """out[j, t] = x[j, start + t] as float32, for the rows j in these tiles."""
     bits = out.view(np.int32)
@@ -141,7 +141,7 @@ def _dots(a, b, rows, columns, count, sums):  # type: ignore[no-untyped-def]
         sums[s] += total
 
 
-@_compile
+@entry
 def _product(a, b, shift, along, rows, columns, a_tiles, b_tiles, start, stop, sums):  # type: ignore[no-untyped-def]
     """One part's sums, over tokens start to stop; of each operand they are dimension `along`."""
     p = np.empty((a.shape[1 - along], BLOCK), dtype=np.float32)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from unmask.kernels.cpu_base import compiled, entry
 
 Array = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -44,7 +45,7 @@ def _as_bytes(words: NDArray[np.uint64], count: int) -> Bytes:
     return words.view(np.uint8)[:count].copy()
 
 
-@njit(nogil=True, cache=True)
+@entry
 def _widths(index, counts, sizes):  # type: ignore[no-untyped-def]
     """The best width of each tensor, and the bits of all quotients."""
     widths = np.zeros(len(counts), dtype=np.int64)
@@ -68,7 +69,7 @@ def _widths(index, counts, sizes):  # type: ignore[no-untyped-def]
     return widths, bits
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _high(index, start, count, width):  # type: ignore[no-untyped-def]
     """The sum of a tensor's quotients."""
     total = index[start] >> width
@@ -77,7 +78,7 @@ def _high(index, start, count, width):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(nogil=True, cache=True)
+@entry
 def _write(index, counts, widths, remainders, quotients):  # type: ignore[no-untyped-def]
     i, one, bit = 0, -1, 0
     for k in range(len(counts)):
@@ -97,7 +98,7 @@ def _write(index, counts, widths, remainders, quotients):  # type: ignore[no-unt
         bit = (bit + 7) // 8 * 8
 
 
-@njit(nogil=True, cache=True)
+@entry
 def _read(widths, remainders, quotients, counts, sizes, index):  # type: ignore[no-untyped-def]
     """How many bytes of quotients the code took; -1 if it is no code of such indices."""
     i, one, bit = 0, -1, 0

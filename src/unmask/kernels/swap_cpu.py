@@ -12,11 +12,11 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from unmask.errors import UnmaskError
-from unmask.kernels.cpu_base import prefetch_to_write
+from unmask.kernels.cpu_base import entry, prefetch_to_write
 from unmask.kernels.reference import written
 from unmask.kernels.swap import Moves
 from unmask.kernels.threads import SHARE, in_threads
@@ -144,7 +144,7 @@ _pointer: Any = intrinsic(_as_pointer)
 # unsigned numbers, so a negative one is out of range too.
 
 
-@njit(nogil=True, cache=True)
+@entry
 def _sound(table, starts, start, stop):  # type: ignore[no-untyped-def]
     """Whether indices rise strictly and stay in their tensors, so that no scalar moves twice."""
     k, wrong = np.searchsorted(starts, start, side="right") - 1, False
@@ -158,7 +158,7 @@ def _sound(table, starts, start, stop):  # type: ignore[no-untyped-def]
     return not wrong
 
 
-@njit(nogil=True, cache=True)
+@entry
 def _move(table, starts, word, start, stop, way, done, share):  # type: ignore[no-untyped-def]
     """Read scalars to `OLD`, write those at `NEW`, or both, and note how many.
 
