@@ -1,73 +1,31 @@
-"""The inner loops as compiled CPU code, each over many tensors at once and on several threads."""
+"""The kernels for tensors in CPU memory, each over many tensors at once and on several threads."""
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
-from struct import Struct
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, types  # type: ignore[attr-defined]
 from torch import Tensor
 
-from unmask.kernels.cpu_base import (
-    HALF,
-    INFINITE,
-    MAGNITUDE,
-    add,
-    as_float,
-    compiled,
-    first_from,
-    index_at,
-    pointer,
-    read,
-    stamped,
-    ticket,
-)
-from unmask.kernels.cpu_filter import (
-    PART,
-    STEEP,
-    bounds,
-    lacking,
-    least_at,
-    least_gradient,
-    outdone,
-    raising,
-    reachable,
-)
+from unmask.kernels.cpu_base import HALF
+from unmask.kernels.cpu_filter import STEEP, bounds, raising
 from unmask.kernels.cpu_moves import gather, insert, scatter
-from unmask.kernels.threads import SHARE, Callback, at_once, shares
+from unmask.kernels.cpu_sweep import LAST, PACKED, SIZE, looker
+from unmask.kernels.threads import SHARE, at_once, shares
 
 __all__ = ["Sweep", "gather", "handles", "insert", "scatter"]
 
-BLOCK = 1024  # scalars bounded at once
 GLANCE = 1 << 19  # least scalars of a thread's share where almost all are passed over
 GROWTH = 4096  # of what is looked at, from round to round at the most
-FEW = 32  # scalars of a part with candidates that are looked at together
 HANDLED = frozenset([*HALF, torch.int32, torch.int64])
 NONE = torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0)
 _own = threading.local()
-
-# A sweep's table has a row for each tensor, and one for the end.
-START, OFFSET, GRAD, GRAD_HALF, THETA, THETA_HALF, FIRST, LAST = range(8)
-
-# All that the threads of a look need: where something lies, and how many there are of it; what is
-# to be seen; and what the law makes of the threshold, `cut` being the highest so far of any thread.
-WORDS = (
-    *("taken", "seats", "shares", "threads", "found", "ends"),
-    *("table", "tensors", "kept", "wide", "many", "into", "index", "theta", "grad", "capacity"),
-    *("start", "stop", "every", "but", "wanted", "law", "low"),
-)
-REALS = ("exp", "eps", "cut", "scale", "less", "above", "below")
-TASK = np.dtype([*((name, np.int64) for name in WORDS), *((name, np.float64) for name in REALS)])
-TAKEN, SEATS = (np.uint64(8 * WORDS.index(name)) for name in ("taken", "seats"))
-SIZE = len(WORDS) + len(REALS)
-_PACKED = Struct(f"{len(WORDS)}q{len(REALS)}d")
 
 
 def handles(tensor: Tensor, home: torch.device) -> bool:
@@ -141,9 +99,9 @@ class Sweep:
         what = *self._where, *rooms, capacity, start, stop, every, but, wanted
         how = _constants(*self._law, threshold)
         taken = 0, 0, parts, threads, found, found + 8 * threads
-        _PACKED.pack_into(notes, 0, *taken, *what, *how)
+        PACKED.pack_into(notes, 0, *taken, *what, *how)
         notes[SIZE : SIZE + threads] = 0
-        at_once(_looker()[0], at, threads)
+        at_once(looker()[0], at, threads)
         said = notes[SIZE:words].tolist()
         counts, bad = said[:threads], max(said[threads + 2 :: 3])
         left: list[tuple[int, int]] = []
@@ -184,115 +142,3 @@ def _room(capacity: int, words: int) -> tuple[Any, ...]:
         notes = np.zeros(words, np.int64)
         found = _own.room = room, notes, tuple(map(_address, room)), _address(notes)
     return found
-
-
-@cache
-def _looker() -> Any:
-    """What each thread does with a task, for `at_once`."""
-    made: Any = cfunc(types.void(types.uint64), cache=True)
-
-    @made
-    @stamped
-    def look(address):  # type: ignore[no-untyped-def]
-        task = carray(pointer(address), (1,), dtype=TASK)[0]
-        table = carray(pointer(task.table), (task.tensors + 1, 8), dtype=np.int64)
-        into = carray(pointer(task.into), (task.many,), dtype=np.float32)
-        counts = carray(pointer(task.found), (task.threads,), dtype=np.int64)
-        ends = carray(pointer(task.ends), (task.shares, 3), dtype=np.int64)
-        seat = ticket(address + SEATS)
-        first, last = seat * task.capacity, (seat + 1) * task.capacity
-        index = carray(pointer(task.index), (last,), dtype=np.int64)[first:]
-        theta = carray(pointer(task.theta), (last,), dtype=np.int32)[first:]
-        grad = carray(pointer(task.grad), (last,), dtype=np.int32)[first:]
-        share = ticket(address + TAKEN)
-        while share < task.shares:
-            start = task.start + (task.stop - task.start) * share // task.shares
-            stop = task.start + (task.stop - task.start) * (share + 1) // task.shares
-            end, bad = start, -1
-            if counts.sum() <= task.capacity:  # else better raise the threshold first
-                given = task, table, into, index, theta, grad, start, stop, counts[seat]
-                counts[seat], end, bad = _sweep(*given)
-            ends[share, 0], ends[share, 1], ends[share, 2] = end, stop, bad
-            share = ticket(address + TAKEN)
-
-    return Callback(look.address), look  # which lasts as long
-
-
-@compiled
-def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count):  # type: ignore[no-untyped-def]
-    """(number found, where it stopped, tensor with a gradient that isn't finite or -1); the first
-    `count` were found before.
-
-    Loops over a block are kept free of branches so that they vectorise.
-    """
-    law, exp, eps, cut = task.law, np.float32(task.exp), np.float32(task.eps), np.float32(task.cut)
-    low, every, but, wanted = np.int32(task.low), task.every, task.but, task.wanted
-    first = count  # that were found in whole blocks
-    due = 2 * wanted  # when there may be many that others outdo
-    kept, wide = np.uint64(task.kept), task.wide != 0
-    k, at, seen, t = 0, start, -1, 0
-    while at < stop:
-        block = at // BLOCK
-        skipped = -block % every
-        if skipped == 0 and but > 0 and block % but == 0:
-            skipped = every
-        if skipped > 0:
-            at = (block + skipped) * BLOCK
-            continue
-        while at >= table[k + 1, START]:
-            k += 1
-        here = at - table[k, START]
-        offset = table[k, OFFSET]
-        last = table[k, LAST]
-        if seen != at or here == 0:
-            t = first_from(kept, wide, table[k, FIRST], last, here + offset)
-        if task.cut > cut:  # another thread's
-            cut = np.float32(task.cut)
-            low = max(low, least_gradient(eps, law, exp, cut))
-        n = min((block + 1) * BLOCK, stop, table[k + 1, START]) - at
-        g_at, g_half = np.uint64(table[k, GRAD]), table[k, GRAD_HALF] != 0
-        t_at, t_half = np.uint64(table[k, THETA]), table[k, THETA_HALF] != 0
-        source = g_at, g_half, t_at, t_half
-        wins, top = reachable(*source, here, n, law, exp, eps, low, cut)
-        if top >= INFINITE:
-            return count, at, k
-        if wins:
-            u = t
-            for part in range(here, here + n, PART):  # hits are rare: look ever closer
-                end = min(part + PART, here + n)
-                if not reachable(*source, part, end - part, law, exp, eps, low, cut)[0]:
-                    continue
-                if least_at(*source, part, end - part, law, exp, eps, cut) > 0:
-                    continue
-                if count + n > out_index.size:
-                    return first, at, -1
-                for near in range(part, end, FEW):
-                    some = min(FEW, end - near)
-                    if least_at(*source, near, some, law, exp, eps, cut) > 0:
-                        continue
-                    for i in range(near, near + some):
-                        g = read(g_at, g_half, i) & MAGNITUDE
-                        base = as_float(read(t_at, t_half, i) & MAGNITUDE) + eps
-                        if g < low or not lacking(as_float(g), base, law, exp, cut) <= 0:
-                            continue
-                        scalar = i + offset
-                        while u < last and index_at(kept, wide, u) < scalar:
-                            u += 1
-                        if u == last or index_at(kept, wide, u) != scalar:
-                            out_index[count] = scalar
-                            out_theta[count] = read(t_at, t_half, i)
-                            out_grad[count] = read(g_at, g_half, i)
-                            count += 1
-        if wanted > 0 and count >= due:
-            found = out_index, out_theta, out_grad
-            how = task.scale, task.less, task.above, task.below  # as `raising` has it
-            count, task.cut = outdone(*found, count, wanted, law, exp, eps, cut, how)
-            due = max(count + wanted, 2 * wanted)
-        first = count
-        at += n
-        seen = at
-        while t < last and index_at(kept, wide, t) < here + n + offset:
-            if task.into != 0:
-                into[t] = add(into[t], read(g_at, g_half, index_at(kept, wide, t) - offset), g_half)
-            t += 1
-    return count, stop, -1

@@ -170,6 +170,18 @@ def larger(_context, one, other):  # type: ignore[no-untyped-def]
     return one(one, one), generate
 
 
+@_intrinsic
+def counted(_context, count, one, other):  # type: ignore[no-untyped-def]
+    """One more than count if one >= other, three integers no wider than they are."""
+
+    def generate(_, builder, __, arguments):  # type: ignore[no-untyped-def]
+        total, first, second = arguments
+        reaches = builder.icmp_signed(">=", first, second)
+        return builder.add(total, builder.zext(reaches, total.type))
+
+    return count(count, one, other), generate
+
+
 @compiled
 def read(address, half, i):  # type: ignore[no-untyped-def]
     """The bits of the i-th number at an address, as float32's."""

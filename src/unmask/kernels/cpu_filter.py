@@ -18,6 +18,7 @@ from unmask.kernels.cpu_base import (
     as_bits,
     as_float,
     compiled,
+    counted,
     larger,
     magnitude,
     pointer,
@@ -142,72 +143,85 @@ def met(g, base, law, exp):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def least_gradient(eps, law, exp, cut):  # type: ignore[no-untyped-def]
-    """The least |g| bits, 1 or more, that a cut lets any scalar have."""
-    if law == 0:
-        return as_bits(cut)
-    if law == 1:
-        return as_bits(cut * eps)
-    if law == 2:
-        return as_bits(cut * (eps * eps))
-    if law == -1 or law == FALLING:
-        return np.int32(1)
-    least = np.float64(cut) + np.float64(exp) * as_bits(eps) - 4096  # float32's rounding and more
-    return np.int32(min(max(least, 1.0), INFINITE - 1.0))
+def least_gradient(base, law, exp, cut):  # type: ignore[no-untyped-def]
+    """The least |g| bits, 0 or more, with which a scalar of this |θ| + ε may lack nothing."""
+    bits = as_bits(base)
+    if law == FALLING and exp * np.float32(bits) <= lost(exp):
+        return np.int32(0)
+    if law in (FALLING, ANY):  # less float32's rounding and more
+        least = np.float64(cut) + np.float64(exp) * bits - 4096
+        return np.int32(min(max(least, 0.0), INFINITE - 1.0))
+    if not cut > 0 or bits >= INFINITE:
+        return np.int32(0)
+    if law == -1:
+        return np.int32(max(as_bits(cut / base) - 4, 0))
+    return as_bits(cut if law == 0 else cut * base if law == 1 else cut * (base * base))
 
 
 @compiled
 def reachable(g_at, g_half, t_at, t_half, at, n, law, exp, eps, low, cut):  # type: ignore[no-untyped-def]
-    """Whether the largest of n gradients from `at` on could win beside the best of their weights;
-    and its bits."""
-    top, best = largest(g_at, g_half, at, n), eps
-    if top < low:
-        return False, top
-    if law == -1 or law == FALLING:
-        best += as_float(largest(t_at, t_half, at, n))
-    return not lacking(as_float(top), best, law, exp, cut) > 0, top
+    """The largest bits of n gradients from `at` on, and the least with which one could win beside
+    the best of their weights; that is no less than `low`."""
+    top = largest(g_at, g_half, at, n)
+    if top >= low and (law == -1 or law == FALLING):
+        best = eps + as_float(largest(t_at, t_half, at, n))
+        low = larger(low, least_gradient(best, law, exp, cut))
+    return top, low
 
 
 @njit(inline="always")
-def _least_by(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
-    least = np.int32(INFINITE)
+def _able_by(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
+    able = np.int32(0)
     for i in range(len(g)):
         lack = as_bits(lacking(magnitude(g[i]), magnitude(t[i]) + eps, law, exp, cut))
-        least = lack if lack < least else least
-    return least
+        able = counted(able, np.int32(0), lack)
+    return able
 
 
 @compiled
-def _least(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
-    """The bits of the least that any of these scalars lacks, above 0 if none can win.
-
-    By the law outside of the loops, and as integers, so that they vectorise.
-    """
+def _able(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
+    """By the law outside of the loops, and as integers, so that they vectorise."""
     if law == 0:
-        return _least_by(g, t, 0, exp, eps, cut)
+        return _able_by(g, t, 0, exp, eps, cut)
     if law == 1:
-        return _least_by(g, t, 1, exp, eps, cut)
+        return _able_by(g, t, 1, exp, eps, cut)
     if law == 2:
-        return _least_by(g, t, 2, exp, eps, cut)
+        return _able_by(g, t, 2, exp, eps, cut)
     if law == -1:
-        return _least_by(g, t, -1, exp, eps, cut)
+        return _able_by(g, t, -1, exp, eps, cut)
     if law == FALLING:
-        return _least_by(g, t, FALLING, exp, eps, cut)
-    return _least_by(g, t, ANY, exp, eps, cut)
+        return _able_by(g, t, FALLING, exp, eps, cut)
+    return _able_by(g, t, ANY, exp, eps, cut)
 
 
 @compiled
-def least_at(g_at, g_half, t_at, t_half, at, n, law, exp, eps, cut):  # type: ignore[no-untyped-def]
-    """The same of n scalars from `at` on; 0, as if one could, where their kinds are two."""
+def able(g_at, g_half, t_at, t_half, at, n, law, exp, eps, cut):  # type: ignore[no-untyped-def]
+    """How many of n scalars from `at` on could win; as if all could, where their kinds are two."""
     if g_half != t_half:  # seldom, and each pair of kinds takes a second to compile
-        return np.int32(0)
+        return np.int32(n)
     if g_half:
         g16 = carray(pointer(g_at), (at + n,), dtype=np.int16)[at:]
         t16 = carray(pointer(t_at), (at + n,), dtype=np.int16)[at:]
-        return _least(g16, t16, law, exp, eps, cut)
+        return _able(g16, t16, law, exp, eps, cut)
     g32 = carray(pointer(g_at), (at + n,), dtype=np.int32)[at:]
     t32 = carray(pointer(t_at), (at + n,), dtype=np.int32)[at:]
-    return _least(g32, t32, law, exp, eps, cut)
+    return _able(g32, t32, law, exp, eps, cut)
+
+
+@compiled
+def beyond(address, half, at, n, low):  # type: ignore[no-untyped-def]
+    """How many of n numbers from `at` on have magnitude bits, as float32's, of `low` or more."""
+    many16, many32 = np.int16(0), np.int32(0)
+    if half:
+        low16 = np.int16((np.int64(low) + 0xFFFF) >> 16)
+        x16 = carray(pointer(address), (at + n,), dtype=np.int16)[at:]
+        for i in range(len(x16)):
+            many16 = counted(many16, size(x16[i]), low16)
+        return np.int32(many16)
+    x32 = carray(pointer(address), (at + n,), dtype=np.int32)[at:]
+    for i in range(len(x32)):
+        many32 = counted(many32, size(x32[i]), low)
+    return many32
 
 
 @compiled
