@@ -398,6 +398,21 @@ def test_scores_that_are_nearly_equal(
     assert torch.isin(best(problem, score, wanted), index).all()
 
 
+@base.compiled
+def logarithms(numbers, out):  # type: ignore[no-untyped-def]
+    for i in range(len(numbers)):
+        out[i] = base.logarithm(numbers[i])
+
+
+def test_the_logarithm_is_as_close_as_is_said() -> None:
+    first, last = (np.float32(x).view(np.int32) for x in (1.2e-38, 3.4e38))
+    numbers = np.arange(first, last, 997, dtype=np.int32).view(np.float32)  # 2 million
+    found = np.empty_like(numbers)
+    logarithms(numbers, found)
+    off = np.abs(found - np.log2(numbers.astype(np.float64)))
+    assert base.LOG_ERROR / 2 < off.max() <= base.LOG_ERROR
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     exp=st.sampled_from([0.0, 1.0, 2.0, -1.0, 0.5, -1.7, 3.0]),
@@ -414,8 +429,8 @@ def test_the_least_gradient_that_a_cut_lets_any_scalar_have(
     assert least >= 0
     if least > 0:
         assert cpu_filter.lacking(below, eps, law, exp, cut) > 0
-    if least < base.INFINITE - 100_000:  # and it isn't far from the least
-        above = np.array(least + 100_000, dtype=np.int32).view(np.float32)[()]
+    if least < base.INFINITE - 200_000:  # and it isn't far from the least
+        above = np.array(least + 200_000, dtype=np.int32).view(np.float32)[()]
         assert cpu_filter.lacking(above, eps, law, exp, cut) <= 0
 
 

@@ -1,8 +1,9 @@
 """Which scalars could reach a threshold, compiled: bounds that never miss one, and judge none.
 
-With b(x) the bits of a positive float32 read as an integer, L(x) = b(x) / 2^23 - 127 lies within
-[0, 0.0861] below log2(x). So log2 of |g| / (|θ| + ε)^exp is at most L(|g|) - exp·L(|θ| + ε) plus a
-known slack for any real exp, and integers compare in vector registers where powers would not.
+For any real exp, log2 of |g| / (|θ| + ε)^exp is at most l(|g|) - exp·l(|θ| + ε) plus a known slack,
+with l(x) a polynomial near log2(x), which fits in vector registers where powers would not. The bits
+b(x) of a positive float32, read as an integer, are in the order of the numbers, and b(x) / 2^23 is
+at most 0.0861 below log2(x) + 127, and never above it.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from numba import carray, njit  # type: ignore[attr-defined]
 
 from unmask.kernels.cpu_base import (
     INFINITE,
+    LOG_ERROR,
     MAGNITUDE,
     as_bits,
     as_float,
     compiled,
     counted,
     larger,
+    logarithm,
     magnitude,
     pointer,
     prefetch,
     size,
 )
 
-LOG_SLACK = 0.0861  # the most that L(x) lies below log2(x)
+LOG_SLACK = 0.0861  # the most that bits lie below log2
 ONE = 2.0**23  # of log2, in bits
 ROUNDING = 1e-4  # of log2 in float32, per unit of (1 + |exp|), with room to spare
 SMALLEST = 1.2e-38  # the least normal float32
@@ -56,8 +59,7 @@ def bounds(exp: float, eps: float, threshold: float) -> tuple[int, int, float]:
         return other, low, -np.inf
     if known and -100 < log < 100 and (least > -125 or exp < 0):
         return int(exp), low, threshold * 2.0**-margin
-    slack = LOG_SLACK * (1 + max(0.0, -exp)) + margin
-    return other, low, (log - slack + 127 - 127 * exp) * ONE
+    return other, low, log - LOG_ERROR * (1 + abs(exp)) - margin
 
 
 def raising(law: int, exp: float, eps: float) -> tuple[float, float, float, float]:
@@ -69,8 +71,7 @@ def raising(law: int, exp: float, eps: float) -> tuple[float, float, float, floa
     if law < ANY:
         above = max(-100.0, -120.0 - max(0.0, exp) * math.log2(eps))
         return 2.0**-margin, 0.0, 2.0**above, 2.0**100
-    above, below = ((log + 127 - 127 * exp) * ONE for log in (-100, 100))
-    return 1.0, (LOG_SLACK * (1 + abs(exp)) + margin) * ONE, above, below
+    return 1.0, 2 * LOG_ERROR * (1 + abs(exp)) + margin, -100.0, 100.0
 
 
 def _normal(exp: float, eps: float) -> bool:
@@ -120,7 +121,7 @@ def lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
         return cut - g * base
     if law == FALLING and exp * np.float32(as_bits(base)) <= lost(exp):
         return np.float32(-np.inf)
-    return cut - (np.float32(as_bits(g)) - exp * np.float32(as_bits(base)))
+    return cut - (logarithm(g) - exp * logarithm(base))
 
 
 @compiled
@@ -139,18 +140,20 @@ def met(g, base, law, exp):  # type: ignore[no-untyped-def]
         return g / (base * base)
     if law == -1:
         return g * base
-    return np.float32(as_bits(g)) - exp * np.float32(as_bits(base))
+    return logarithm(g) - exp * logarithm(base)
 
 
 @compiled
 def least_gradient(base, law, exp, cut):  # type: ignore[no-untyped-def]
-    """The least |g| bits, 0 or more, with which a scalar of this |θ| + ε may lack nothing."""
+    """The least |g| bits, 0 or more, with which a scalar of this |θ| + ε may lack nothing, nor one of
+    a worse."""
     bits = as_bits(base)
     if law == FALLING and exp * np.float32(bits) <= lost(exp):
         return np.int32(0)
-    if law in (FALLING, ANY):  # less float32's rounding and more
-        least = np.float64(cut) + np.float64(exp) * bits - 4096
-        return np.int32(min(max(least, 0.0), INFINITE - 1.0))
+    if law in (FALLING, ANY):  # of l(|g|), less by how much l may stray
+        slack = (2 * LOG_ERROR + ROUNDING) * (1 + abs(exp))
+        log = np.float64(cut + exp * logarithm(base)) - slack
+        return as_bits(np.float32(2.0 ** min(log, 127.9))) if log > -125 else np.int32(0)
     if not cut > 0 or bits >= INFINITE:
         return np.int32(0)
     if law == -1:

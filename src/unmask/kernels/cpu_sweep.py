@@ -24,12 +24,12 @@ from unmask.kernels.cpu_base import (
     ticket,
 )
 from unmask.kernels.cpu_filter import (
+    ANY,
     FALLING,
     PART,
     able,
     beyond,
     lacking,
-    largest,
     least_gradient,
     outdone,
     reachable,
@@ -173,14 +173,18 @@ def _closer(source, at, n, how, those, out_index, out_theta, out_grad, count):  
     kept, wide, t, last, offset = those
     for part in range(at, at + n, PART):
         some = min(PART, at + n - part)
-        if low > 1 and largest(g_at, g_half, part, some) < low:
-            continue
-        left, start = able(*source, part, some, law, exp, eps, cut), part + offset
+        start = part + offset
         while t < last and index_at(kept, wide, t) < start:
             t += 1
-        u = t
+        least, here = low, (kept, wide, t, last, offset)
+        if law != -1:  # whose products take no longer than this
+            top, least = reachable(*source, part, some, law, exp, eps, low, cut)
+            if top < least or not _others(g_at, g_half, part, some, least, here):
+                continue
+        tame = ANY if law == FALLING and least > low else law  # no power has lost digits
+        left, u = able(*source, part, some, tame, exp, eps, cut), t
         while u < last and index_at(kept, wide, u) < start + some:
-            left -= able(*source, index_at(kept, wide, u) - offset, 1, law, exp, eps, cut)
+            left -= able(*source, index_at(kept, wide, u) - offset, 1, tame, exp, eps, cut)
             u += 1
         if left <= 0:
             continue
@@ -188,7 +192,7 @@ def _closer(source, at, n, how, those, out_index, out_theta, out_grad, count):  
             return -1
         for near in range(part, part + some, FEW):
             few = min(FEW, part + some - near)
-            if able(*source, near, few, law, exp, eps, cut) == 0:
+            if able(*source, near, few, tame, exp, eps, cut) == 0:
                 continue
             for i in range(near, near + few):
                 g, weight = read(g_at, g_half, i), read(t_at, t_half, i)
