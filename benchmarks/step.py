@@ -129,13 +129,17 @@ def compared(
 
 
 def exponents(shape: str, repeats: int, budget: int = BUDGET) -> list[dict[str, Any]]:
-    """The score's exponent."""
+    """The score's exponent, with new gradients at each step and with the same: then the largest
+    are those of scalars that are unmasked already."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         common.say(f"exponents, {dtype}")
         model = common.bert(shape, dtype, dropout=0.0)
         named = {"dtype": str(dtype)[6:]}
-        found += [_pair(model, repeats, budget, exp) | {"exp": exp} | named for exp in EXPONENTS]
+        for exp in EXPONENTS:
+            for alike in (False, True):
+                pair = _pair(model, repeats, budget, exp, alike=alike)
+                found.append(pair | {"exp": exp, "alike": alike} | named)
     return found
 
 
@@ -168,11 +172,13 @@ def _pair(
     exp: float = 2.0,
     fused: bool = False,
     rests: bool = False,
+    alike: bool = False,
 ) -> dict[str, Any]:
     gradients = common.Gradients(model)
     gradients.fresh()
     tuner, step = selective(model, 0.5, budget, exp, fused, rests)
-    times = common.interleaved({"read": read(model), "id3": step}, repeats, gradients.fresh)
+    fresh = None if alike else gradients.fresh
+    times = common.interleaved({"read": read(model), "id3": step}, repeats, fresh)
     tuner.detach()
     return {"times": times, "to_read": common.ratio(times, "id3", "read")}
 
@@ -215,8 +221,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             [_row(found) for found in steps],
         ),
         common.table(
-            "Any exponent: time / one read",
-            ["exp", "float32", "bfloat16"],
+            "Any exponent: time / one read, with new gradients at each step and with the same",
+            ["exp", "float32", "the same", "bfloat16", "the same"],
             [
                 [exp, *(f"{f['to_read']:.2f}" for f in exps if f["exp"] == exp)]
                 for exp in dict.fromkeys(f["exp"] for f in exps)

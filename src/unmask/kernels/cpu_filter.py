@@ -145,8 +145,8 @@ def met(g, base, law, exp):  # type: ignore[no-untyped-def]
 
 @compiled
 def least_gradient(base, law, exp, cut):  # type: ignore[no-untyped-def]
-    """The least |g| bits, 0 or more, with which a scalar of this |θ| + ε may lack nothing, nor one of
-    a worse."""
+    """The least |g| bits, 0 or more, with which a scalar of this |θ| + ε, or one with a worse, may
+    lack nothing."""
     bits = as_bits(base)
     if law == FALLING and exp * np.float32(bits) <= lost(exp):
         return np.int32(0)
