@@ -37,6 +37,7 @@ from unmask.kernels.cpu_filter import (
 from unmask.kernels.threads import Callback
 
 BLOCK = 1024  # scalars bounded at once
+CROWD = 16  # kept scalars of a block: to look at each of so many would not pay
 FEW = 32  # scalars of a part with candidates that are looked at together
 
 # A sweep's table has a row for each tensor, and one for the end.
@@ -148,11 +149,19 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
 
 
 @compiled
+def _crowded(kept, wide, t, last, end):  # type: ignore[no-untyped-def]
+    """Whether more than CROWD of the kept, from the t-th on, come before that index."""
+    return t + CROWD < last and index_at(kept, wide, t + CROWD) < end
+
+
+@compiled
 def _others(address, half, at, n, least, those):  # type: ignore[no-untyped-def]
     """Whether any of n gradients from `at` on is large enough but those of the kept, the first of
-    which is the t-th. Having been chosen for it, these often are."""
+    which is the t-th. Having been chosen for it, these often are. Of many kept it isn't asked."""
     kept, wide, t, last, offset = those
     many, end = -1, at + n + offset
+    if _crowded(kept, wide, t, last, end):
+        return True
     while t < last and index_at(kept, wide, t) < end:
         if many < 0:
             many = beyond(address, half, at, n, least)
@@ -171,6 +180,7 @@ def _closer(source, at, n, how, those, out_index, out_theta, out_grad, count):  
     g_at, g_half, t_at, t_half = source
     law, exp, eps, low, cut = how
     kept, wide, t, last, offset = those
+    few_kept = not _crowded(kept, wide, t, last, at + n + offset)
     for part in range(at, at + n, PART):
         some = min(PART, at + n - part)
         start = part + offset
@@ -179,12 +189,16 @@ def _closer(source, at, n, how, those, out_index, out_theta, out_grad, count):  
         least, here = low, (kept, wide, t, last, offset)
         if law != -1:  # whose products take no longer than this
             top, least = reachable(*source, part, some, law, exp, eps, low, cut)
-            if top < least or not _others(g_at, g_half, part, some, least, here):
+            if top < least:
                 continue
+        if law >= ANY and not _others(g_at, g_half, part, some, least, here):
+            continue
         tame = ANY if law == FALLING and least > low else law  # no power has lost digits
         left, u = able(*source, part, some, tame, exp, eps, cut), t
-        while u < last and index_at(kept, wide, u) < start + some:
-            left -= able(*source, index_at(kept, wide, u) - offset, 1, tame, exp, eps, cut)
+        while few_kept and u < last and index_at(kept, wide, u) < start + some:
+            i = index_at(kept, wide, u) - offset
+            if read(g_at, g_half, i) & MAGNITUDE >= least:
+                left -= able(*source, i, 1, tame, exp, eps, cut)
             u += 1
         if left <= 0:
             continue
