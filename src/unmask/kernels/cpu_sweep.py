@@ -37,7 +37,7 @@ from unmask.kernels.cpu_filter import (
 from unmask.kernels.threads import Callback
 
 BLOCK = 1024  # scalars bounded at once
-CROWD = 16  # kept scalars of a block: to look at each of so many would not pay
+CROWD, MANY = 16, 256  # kept scalars of a block that are looked at: a product costs less
 FEW = 32  # scalars of a part with candidates that are looked at together
 
 # A sweep's table has a row for each tensor, and one for the end.
@@ -100,7 +100,7 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
     low, every, but, wanted = np.int32(task.low), task.every, task.but, task.wanted
     first = count  # that were found in whole blocks
     due = 2 * wanted  # when there may be many that others outdo
-    kept, wide = np.uint64(task.kept), task.wide != 0
+    kept, wide, crowd = np.uint64(task.kept), task.wide != 0, CROWD if law < ANY else MANY
     k, at, seen, t = 0, start, -1, 0
     while at < stop:
         block = at // BLOCK
@@ -128,8 +128,9 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
         top, least = reachable(*source, here, n, law, exp, eps, low, cut)
         if top >= INFINITE:
             return count, at, k
-        if top >= least and _others(g_at, g_half, here, n, least, (kept, wide, t, last, offset)):
-            how, those = (law, exp, eps, low, cut), (kept, wide, t, last, offset)
+        those = kept, wide, t, last, offset, crowd
+        if top >= least and _others(g_at, g_half, here, n, least, those):
+            how = law, exp, eps, low, cut
             count = _closer(source, here, n, how, those, out_index, out_theta, out_grad, count)
             if count < 0:
                 return first, at, -1
@@ -149,18 +150,19 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
 
 
 @compiled
-def _crowded(kept, wide, t, last, end):  # type: ignore[no-untyped-def]
-    """Whether more than CROWD of the kept, from the t-th on, come before that index."""
-    return t + CROWD < last and index_at(kept, wide, t + CROWD) < end
+def _crowded(those, end):  # type: ignore[no-untyped-def]
+    """Whether more than `crowd` of the kept, from the t-th on, come before the `end`."""
+    kept, wide, t, last, offset, crowd = those
+    return t + crowd < last and index_at(kept, wide, t + crowd) < end + offset
 
 
 @compiled
 def _others(address, half, at, n, least, those):  # type: ignore[no-untyped-def]
     """Whether any of n gradients from `at` on is large enough but those of the kept, the first of
     which is the t-th. Having been chosen for it, these often are. Of many kept it isn't asked."""
-    kept, wide, t, last, offset = those
+    kept, wide, t, last, offset, _ = those
     many, end = -1, at + n + offset
-    if _crowded(kept, wide, t, last, end):
+    if _crowded(those, at + n):
         return True
     while t < last and index_at(kept, wide, t) < end:
         if many < 0:
@@ -179,14 +181,14 @@ def _closer(source, at, n, how, those, out_index, out_theta, out_grad, count):  
     """
     g_at, g_half, t_at, t_half = source
     law, exp, eps, low, cut = how
-    kept, wide, t, last, offset = those
-    few_kept = not _crowded(kept, wide, t, last, at + n + offset)
+    kept, wide, t, last, offset, crowd = those
+    few_kept = not _crowded(those, at + n)
     for part in range(at, at + n, PART):
         some = min(PART, at + n - part)
         start = part + offset
         while t < last and index_at(kept, wide, t) < start:
             t += 1
-        least, here = low, (kept, wide, t, last, offset)
+        least, here = low, (kept, wide, t, last, offset, crowd)
         if law != -1:  # whose products take no longer than this
             top, least = reachable(*source, part, some, law, exp, eps, low, cut)
             if top < least:
