@@ -24,9 +24,6 @@ HALF = {torch.float32: False, torch.bfloat16: True}  # weights handled: whether 
 
 # Without types, since mypy sees what numba is given, not what it makes of it.
 compiled: Any = njit(nogil=True)  # as a part of what calls it
-_sources = sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-)
 _intrinsic: Any = intrinsic
 _move: Any = cgutils.raw_memmove
 

@@ -26,6 +26,7 @@ from unmask.kernels.cpu_base import (
     magnitude,
     pointer,
     prefetch,
+    read,
     size,
 )
 
@@ -80,32 +81,44 @@ def _normal(exp: float, eps: float) -> bool:
 
 
 @compiled
-def largest(address, half, at, n):  # type: ignore[no-untyped-def]
-    """The largest magnitude bits, as float32's, of n numbers from `at` on.
+def fetch(address, start, stop):  # type: ignore[no-untyped-def]
+    """Have the memory of these bytes from an address on fetched, but AHEAD of them: processors
+    don't by themselves look beyond a page."""
+    for byte in range(start + AHEAD, stop + AHEAD, LINE):
+        prefetch(address + np.uint64(byte))
 
-    What comes next is asked for meanwhile: processors don't by themselves look beyond a page.
-    """
-    top16, top32, width = np.int16(0), np.int32(0), 2 if half else 4
+
+@compiled
+def reaching(address, half, at, n, low, ahead):  # type: ignore[no-untyped-def]
+    """(largest, how many are `low` or more) of n numbers' magnitude bits, as float32's, from `at`
+    on. What follows is fetched meanwhile if it is looked at `ahead`."""
+    top16, top32, many16, many32 = np.int16(0), np.int32(0), np.int16(0), np.int32(0)
+    low16, width = np.int16((np.int64(low) + 0xFFFF) >> 16), 2 if half else 4
     for first in range(at, at + n, PART):
         last = min(first + PART, at + n)
-        for byte in range(first * width, last * width, LINE):
-            prefetch(address + np.uint64(byte + AHEAD))
+        if ahead:
+            fetch(address, first * width, last * width)
         if half:
             x16 = carray(pointer(address), (last,), dtype=np.int16)[first:last]
             for i in range(len(x16)):
                 top16 = larger(size(x16[i]), top16)
+                many16 = counted(many16, size(x16[i]), low16)
         else:
             x32 = carray(pointer(address), (last,), dtype=np.int32)[first:last]
             for i in range(len(x32)):
                 top32 = larger(size(x32[i]), top32)
-    return np.int32(top16) << np.int32(16) if half else top32
+                many32 = counted(many32, size(x32[i]), low)
+    if half:
+        return np.int32(top16) << np.int32(16), np.int32(many16)
+    return top32, many32
 
 
 @compiled
 def lost(exp):  # type: ignore[no-untyped-def]
-    """At exp < 0, the exp · b(|θ| + ε) from which down that power may have lost digits, or is 0."""
+    """At exp < 0, the b(|θ| + ε) from which up that power may have lost digits, or is 0."""
+    most = INFINITE - (1 << 20)
     least = -124 + np.float32(LOG_SLACK + ROUNDING) * (1 - exp) + 127 * exp
-    return np.float32(max(least * np.float32(ONE), exp * np.float32(INFINITE - (1 << 20))))
+    return np.int32(most if least <= exp * np.float64(most / ONE) else least * ONE / exp)
 
 
 @compiled
@@ -119,7 +132,7 @@ def lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
         return cut * (base * base) - g
     if law == -1:
         return cut - g * base
-    if law == FALLING and exp * np.float32(as_bits(base)) <= lost(exp):
+    if law == FALLING and as_bits(base) >= lost(exp):
         return np.float32(-np.inf)
     return cut - (logarithm(g) - exp * logarithm(base))
 
@@ -144,41 +157,52 @@ def met(g, base, law, exp):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def least_gradient(base, law, exp, cut):  # type: ignore[no-untyped-def]
-    """The least |g| bits, 0 or more, with which a scalar of this |θ| + ε, or one with a worse, may
-    lack nothing."""
-    bits = as_bits(base)
-    if law == FALLING and exp * np.float32(bits) <= lost(exp):
-        return np.int32(0)
-    if law in (FALLING, ANY):  # of l(|g|), less by how much l may stray
+def least_gradient(eps, law, exp, cut):  # type: ignore[no-untyped-def]
+    """The least |g| bits, 0 or more, with which a scalar may lack nothing, at exp >= 0."""
+    if law == ANY:  # of l(|g|), less by how much l may stray
         slack = (2 * LOG_ERROR + ROUNDING) * (1 + abs(exp))
-        log = np.float64(cut + exp * logarithm(base)) - slack
+        log = np.float64(cut + exp * logarithm(eps)) - slack
         return as_bits(np.float32(2.0 ** min(log, 127.9))) if log > -125 else np.int32(0)
-    if not cut > 0 or bits >= INFINITE:
+    if not cut > 0 or as_bits(eps) >= INFINITE:
         return np.int32(0)
-    if law == -1:
-        return np.int32(max(as_bits(cut / base) - 4, 0))
-    return as_bits(cut if law == 0 else cut * base if law == 1 else cut * (base * base))
+    return as_bits(cut if law == 0 else cut * eps if law == 1 else cut * (eps * eps))
 
 
 @compiled
-def reachable(g_at, g_half, t_at, t_half, at, n, law, exp, eps, low, cut):  # type: ignore[no-untyped-def]
-    """The largest bits of n gradients from `at` on, and the least with which one could win beside
-    the best of their weights; that is no less than `low`."""
-    top = largest(g_at, g_half, at, n)
-    if top >= low and (law == -1 or law == FALLING):
-        best = eps + as_float(largest(t_at, t_half, at, n))
-        low = larger(low, least_gradient(best, law, exp, cut))
-    return top, low
+def line(how, most):  # type: ignore[no-untyped-def]
+    """The (law, exp, eps, low, cut) of an exp < 0 as one of products, that lets no less through
+    while no |θ| has bits above `most`; or as it was, where numbers are out of hand.
+
+    Of x = |θ| + eps, x^-exp is at most α + βx = β (|θ| + eps'): its chord, or else its tangent.
+    """
+    _, exp, eps, low, cut = how
+    size, start, far = np.float64(-exp), np.float64(eps), np.float64(as_float(most))
+    tame = far > 0 and as_bits(eps + as_float(most)) < lost(exp)
+    if not (tame and size > 1e-3 and abs(cut) < 100):
+        return how
+    if size < 1:
+        middle = start + far / 2
+        slope = size * middle ** (size - 1)
+        base = start + middle * (1 / size - 1)
+    else:
+        far = max(far, 1e-3 * start)
+        slope = ((start + far) ** size - start**size) / far
+        base = start**size / slope
+    reach = 2.0**cut / slope * (1 - 1e-5)  # more than float32 rounds
+    if not (1e-30 < reach < 1e30 and 1e-30 < base < 1e30):
+        return how
+    return -1, exp, np.float32(base), low, np.float32(reach)
 
 
 @njit(inline="always")
 def _able_by(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
-    able = np.int32(0)
+    top, most, many = np.int32(0), np.int32(0), np.int32(0)
     for i in range(len(g)):
-        lack = as_bits(lacking(magnitude(g[i]), magnitude(t[i]) + eps, law, exp, cut))
-        able = counted(able, np.int32(0), lack)
-    return able
+        grad, weight = magnitude(g[i]), magnitude(t[i])
+        top, most = larger(as_bits(grad), top), larger(as_bits(weight), most)
+        lack = as_bits(lacking(grad, weight + eps, law, exp, cut))
+        many = counted(many, np.int32(0), lack)
+    return top, most, many
 
 
 @compiled
@@ -198,33 +222,31 @@ def _able(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def able(g_at, g_half, t_at, t_half, at, n, law, exp, eps, cut):  # type: ignore[no-untyped-def]
-    """How many of n scalars from `at` on could win; as if all could, where their kinds are two."""
-    if g_half != t_half:  # seldom, and each pair of kinds takes a second to compile
-        return np.int32(n)
-    if g_half:
-        g16 = carray(pointer(g_at), (at + n,), dtype=np.int16)[at:]
-        t16 = carray(pointer(t_at), (at + n,), dtype=np.int16)[at:]
-        return _able(g16, t16, law, exp, eps, cut)
-    g32 = carray(pointer(g_at), (at + n,), dtype=np.int32)[at:]
-    t32 = carray(pointer(t_at), (at + n,), dtype=np.int32)[at:]
-    return _able(g32, t32, law, exp, eps, cut)
-
-
-@compiled
-def beyond(address, half, at, n, low):  # type: ignore[no-untyped-def]
-    """How many of n numbers from `at` on have magnitude bits, as float32's, of `low` or more."""
-    many16, many32 = np.int16(0), np.int32(0)
-    if half:
-        low16 = np.int16((np.int64(low) + 0xFFFF) >> 16)
-        x16 = carray(pointer(address), (at + n,), dtype=np.int16)[at:]
-        for i in range(len(x16)):
-            many16 = counted(many16, size(x16[i]), low16)
-        return np.int32(many16)
-    x32 = carray(pointer(address), (at + n,), dtype=np.int32)[at:]
-    for i in range(len(x32)):
-        many32 = counted(many32, size(x32[i]), low)
-    return many32
+def able(g_at, g_half, t_at, t_half, at, n, law, exp, eps, cut, ahead):  # type: ignore[no-untyped-def]
+    """(largest bits of gradients', of weights' magnitudes, as float32's, how many could win) of n
+    scalars from `at` on. What follows is fetched meanwhile if it is looked at `ahead`."""
+    top, most, many, width = np.int32(0), np.int32(0), np.int32(0), 2 if g_half else 4
+    if g_half != t_half:  # seldom, and to have these loops vectorise takes a second for each
+        for i in range(at, at + n):
+            g, t = read(g_at, g_half, i) & MAGNITUDE, read(t_at, t_half, i) & MAGNITUDE
+            many += lacking(as_float(g), as_float(t) + eps, law, exp, cut) <= 0
+            top, most = larger(g, top), larger(t, most)
+        return top, most, many
+    for first in range(at, at + n, PART):
+        last = min(first + PART, at + n)
+        if ahead:
+            fetch(g_at, first * width, last * width)
+            fetch(t_at, first * width, last * width)
+        if g_half:
+            g16 = carray(pointer(g_at), (last,), dtype=np.int16)[first:]
+            t16 = carray(pointer(t_at), (last,), dtype=np.int16)[first:]
+            a, b, c = _able(g16, t16, law, exp, eps, cut)
+        else:
+            g32 = carray(pointer(g_at), (last,), dtype=np.int32)[first:]
+            t32 = carray(pointer(t_at), (last,), dtype=np.int32)[first:]
+            a, b, c = _able(g32, t32, law, exp, eps, cut)
+        top, most, many = larger(a, top), larger(b, most), many + c
+    return top, most, many
 
 
 @compiled

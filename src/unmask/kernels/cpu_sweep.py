@@ -13,6 +13,7 @@ from unmask.kernels.cpu_base import (
     INFINITE,
     MAGNITUDE,
     add,
+    as_bits,
     as_float,
     compiled,
     first_from,
@@ -24,21 +25,21 @@ from unmask.kernels.cpu_base import (
     ticket,
 )
 from unmask.kernels.cpu_filter import (
-    ANY,
     FALLING,
     PART,
     able,
-    beyond,
     lacking,
     least_gradient,
+    line,
     outdone,
-    reachable,
+    reaching,
 )
 from unmask.kernels.threads import Callback
 
 BLOCK = 1024  # scalars bounded at once
-CROWD, MANY = 16, 256  # kept scalars of a block that are looked at: a product costs less
+CROWD = 16  # kept scalars of a block that are looked at, at the most
 FEW = 32  # scalars of a part with candidates that are looked at together
+OFTEN, WHILE = 8, 120  # blocks whose gradients alone said little; then weights are asked, too
 
 # A sweep's table has a row for each tensor, and one for the end.
 START, OFFSET, GRAD, GRAD_HALF, THETA, THETA_HALF, FIRST, LAST = range(8)
@@ -100,7 +101,9 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
     low, every, but, wanted = np.int32(task.low), task.every, task.but, task.wanted
     first = count  # that were found in whole blocks
     due = 2 * wanted  # when there may be many that others outdo
-    kept, wide, crowd = np.uint64(task.kept), task.wide != 0, CROWD if law < ANY else MANY
+    kept, wide = np.uint64(task.kept), task.wide != 0
+    near, misses = 0, 0
+    look, most, drawn = (law, exp, eps, low, cut), np.int32(-1), cut
     k, at, seen, t = 0, start, -1, 0
     while at < stop:
         block = at // BLOCK
@@ -125,15 +128,28 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
         g_at, g_half = np.uint64(table[k, GRAD]), table[k, GRAD_HALF] != 0
         t_at, t_half = np.uint64(table[k, THETA]), table[k, THETA_HALF] != 0
         source = g_at, g_half, t_at, t_half
-        top, least = reachable(*source, here, n, law, exp, eps, low, cut)
+        how, those = (law, exp, eps, low, cut), (kept, wide, t, last, offset)
+        if law != FALLING or here == 0 or cut > drawn:
+            look, most, drawn = how, np.int32(-1), cut
+        both = law == -1 or law == FALLING or near > 0
+        top, largest, many = _hits(source, here, n, both, look, those, True)
+        if law == FALLING and largest > most:  # beyond what `look` is good for
+            most = as_bits(np.float32(1.25) * as_float(largest))
+            look = line(how, most)
+            top, largest, many = _hits(source, here, n, both, look, those, False)
         if top >= INFINITE:
             return count, at, k
-        those = kept, wide, t, last, offset, crowd
-        if top >= least and _others(g_at, g_half, here, n, least, those):
-            how = law, exp, eps, low, cut
-            count = _closer(source, here, n, how, those, out_index, out_theta, out_grad, count)
+        if many > 0:
+            found = out_index, out_theta, out_grad, count
+            count = _closer(source, here, n, both, how, look, those, *found)
             if count < 0:
                 return first, at, -1
+        if near > 0:
+            near -= 1
+        elif not both and law != 0:
+            misses = misses + 1 if many > 0 else max(misses - 3, 0)
+            if misses == OFTEN:
+                near, misses = WHILE, OFTEN // 2
         if wanted > 0 and count >= due:
             found = out_index, out_theta, out_grad, count
             raised = task.scale, task.less, task.above, task.below  # as `raising` has it
@@ -150,74 +166,69 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
 
 
 @compiled
-def _crowded(those, end):  # type: ignore[no-untyped-def]
-    """Whether more than `crowd` of the kept, from the t-th on, come before the `end`."""
-    kept, wide, t, last, offset, crowd = those
-    return t + crowd < last and index_at(kept, wide, t + crowd) < end + offset
+def _hits(source, at, n, both, how, those, ahead):  # type: ignore[no-untyped-def]
+    """(largest gradient's bits, largest weight's or -1, how many could win) of n scalars from `at`
+    on, going by gradients alone or by `both` gradients and weights.
 
-
-@compiled
-def _others(address, half, at, n, least, those):  # type: ignore[no-untyped-def]
-    """Whether any of n gradients from `at` on is large enough but those of the kept, the first of
-    which is the t-th. Having been chosen for it, these often are. Of many kept it isn't asked."""
-    kept, wide, t, last, offset, _ = those
-    many, end = -1, at + n + offset
-    if _crowded(those, at + n):
-        return True
-    while t < last and index_at(kept, wide, t) < end:
-        if many < 0:
-            many = beyond(address, half, at, n, least)
-        many -= (read(address, half, index_at(kept, wide, t) - offset) & MAGNITUDE) >= least
+    The kept, the first of which is the t-th, are none of them: having been chosen for it they often
+    could. Where they are many, they aren't asked for.
+    """
+    law, exp, eps, low, cut = how
+    kept, wide, t, last, offset = those
+    end = at + n + offset
+    if both:
+        top, most, many = able(*source, at, n, law, exp, eps, cut, ahead)
+    else:
+        most = np.int32(-1)
+        top, many = reaching(source[0], source[1], at, n, low, ahead)
+    if t + CROWD < last and index_at(kept, wide, t + CROWD) < end:
+        return top, most, many
+    while many > 0 and t < last and index_at(kept, wide, t) < end:
+        i = index_at(kept, wide, t) - offset
+        if both:
+            many -= able(*source, i, 1, law, exp, eps, cut, False)[2]
+        else:
+            many -= (read(source[0], source[1], i) & MAGNITUDE) >= low
         t += 1
-    return many != 0
+    return top, most, many
 
 
 @compiled
-def _closer(source, at, n, how, those, out_index, out_theta, out_grad, count):  # type: ignore[no-untyped-def]
-    """Look at n scalars from `at` on, ever closer, as hits are rare. `those` tells the kept, of
-    whom the t-th may be the first here.
+def _closer(source, at, n, both, how, look, those, out_index, out_theta, out_grad, count):  # type: ignore[no-untyped-def]
+    """Look at n scalars from `at` on, ever closer, as hits are rare: as `_hits` does by `look` and
+    in the end by `how`. `those` tells the kept, of whom the t-th may be the first here.
 
     Returns the number found, with the `count` before, or -1 if there may be no room.
     """
     g_at, g_half, t_at, t_half = source
     law, exp, eps, low, cut = how
-    kept, wide, t, last, offset, crowd = those
-    few_kept = not _crowded(those, at + n)
+    kept, wide, t, last, offset = those
     for part in range(at, at + n, PART):
         some = min(PART, at + n - part)
-        start = part + offset
-        while t < last and index_at(kept, wide, t) < start:
+        while t < last and index_at(kept, wide, t) < part + offset:
             t += 1
-        least, here = low, (kept, wide, t, last, offset, crowd)
-        if law != -1:  # whose products take no longer than this
-            top, least = reachable(*source, part, some, law, exp, eps, low, cut)
-            if top < least:
-                continue
-        if law >= ANY and not _others(g_at, g_half, part, some, least, here):
-            continue
-        tame = ANY if law == FALLING and least > low else law  # no power has lost digits
-        left, u = able(*source, part, some, tame, exp, eps, cut), t
-        while few_kept and u < last and index_at(kept, wide, u) < start + some:
-            i = index_at(kept, wide, u) - offset
-            if read(g_at, g_half, i) & MAGNITUDE >= least:
-                left -= able(*source, i, 1, tame, exp, eps, cut)
-            u += 1
-        if left <= 0:
+        here = kept, wide, t, last, offset
+        if _hits(source, part, some, both, look, here, False)[2] == 0:
             continue
         if count + n > out_index.size:
             return -1
         for near in range(part, part + some, FEW):
             few = min(FEW, part + some - near)
-            if able(*source, near, few, tame, exp, eps, cut) == 0:
-                continue
-            for i in range(near, near + few):
-                g, weight = read(g_at, g_half, i), read(t_at, t_half, i)
-                size, base = g & MAGNITUDE, as_float(weight & MAGNITUDE) + eps
-                if size < low or not lacking(as_float(size), base, law, exp, cut) <= 0:
+            if both:
+                many = able(*source, near, few, law, exp, eps, cut, False)[2]
+            else:
+                _, many = reaching(g_at, g_half, near, few, low, False)
+            for i in range(near, near + few if many > 0 else near):
+                g = read(g_at, g_half, i)
+                if g & MAGNITUDE < low:
                     continue
                 while t < last and index_at(kept, wide, t) < i + offset:
                     t += 1
-                if t == last or index_at(kept, wide, t) != i + offset:
+                if t < last and index_at(kept, wide, t) == i + offset:
+                    continue
+                weight = read(t_at, t_half, i)
+                base = as_float(weight & MAGNITUDE) + eps
+                if lacking(as_float(g & MAGNITUDE), base, law, exp, cut) <= 0:
                     out_index[count], out_theta[count], out_grad[count] = i + offset, weight, g
                     count += 1
     return count
