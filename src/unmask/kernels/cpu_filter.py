@@ -229,7 +229,7 @@ def able(g_at, g_half, t_at, t_half, at, n, law, exp, eps, cut, ahead):  # type:
     if g_half != t_half:  # seldom, and to have these loops vectorise takes a second for each
         for i in range(at, at + n):
             g, t = read(g_at, g_half, i) & MAGNITUDE, read(t_at, t_half, i) & MAGNITUDE
-            many += lacking(as_float(g), as_float(t) + eps, law, exp, cut) <= 0
+            many += as_bits(lacking(as_float(g), as_float(t) + eps, law, exp, cut)) <= 0
             top, most = larger(g, top), larger(t, most)
         return top, most, many
     for first in range(at, at + n, PART):

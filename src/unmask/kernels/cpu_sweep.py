@@ -37,7 +37,7 @@ from unmask.kernels.cpu_filter import (
 from unmask.kernels.threads import Callback
 
 BLOCK = 1024  # scalars bounded at once
-CROWD = 16  # kept scalars of a block that are looked at, at the most
+CROWD = 256  # kept scalars of a block that are looked at, at the most
 FEW = 32  # scalars of a part with candidates that are looked at together
 OFTEN, WHILE = 8, 120  # blocks whose gradients alone said little; then weights are asked, too
 
@@ -185,10 +185,12 @@ def _hits(source, at, n, both, how, those, ahead):  # type: ignore[no-untyped-de
         return top, most, many
     while many > 0 and t < last and index_at(kept, wide, t) < end:
         i = index_at(kept, wide, t) - offset
+        g = read(source[0], source[1], i) & MAGNITUDE
         if both:
-            many -= able(*source, i, 1, law, exp, eps, cut, False)[2]
+            base = as_float(read(source[2], source[3], i) & MAGNITUDE) + eps
+            many -= as_bits(lacking(as_float(g), base, law, exp, cut)) <= 0  # as `able` counts
         else:
-            many -= (read(source[0], source[1], i) & MAGNITUDE) >= low
+            many -= g >= low
         t += 1
     return top, most, many
 
