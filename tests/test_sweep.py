@@ -16,6 +16,7 @@ from torch import Tensor
 from lockstep import same_bits
 from models import seeded
 from unmask.heuristics import D3, Scalars
+from unmask.kernels import laws
 from unmask.select import Piece, TopK
 
 numba = pytest.importorskip("numba")
@@ -410,7 +411,7 @@ def test_the_logarithm_is_as_close_as_is_said() -> None:
     found = np.empty_like(numbers)
     logarithms(numbers, found)
     off = np.abs(found - np.log2(numbers.astype(np.float64)))
-    assert base.LOG_ERROR / 2 < off.max() <= base.LOG_ERROR
+    assert laws.LOG_ERROR / 2 < off.max() <= laws.LOG_ERROR
 
 
 @settings(max_examples=300, deadline=None)
@@ -422,14 +423,14 @@ def test_the_logarithm_is_as_close_as_is_said() -> None:
 def test_the_least_gradient_that_a_cut_lets_any_scalar_have(
     exp: float, eps: float, score: float
 ) -> None:
-    law, _, cut = (np.float32(x) for x in cpu_filter.bounds(exp, eps, score))
+    law, _, cut = (np.float32(x) for x in laws.bounds(exp, eps, score))
     law, exp, eps = int(law), np.float32(exp), np.float32(eps)
     least = cpu_filter.least_gradient(eps, law, exp, cut)
     below = np.array(max(0, least - 1), dtype=np.int32).view(np.float32)[()]
     assert least >= 0
     if least > 0:
         assert cpu_filter.lacking(below, eps, law, exp, cut) > 0
-    if least < base.INFINITE - 200_000:  # and it isn't far from the least
+    if least < laws.INFINITE - 200_000:  # and it isn't far from the least
         above = np.array(least + 200_000, dtype=np.int32).view(np.float32)[()]
         assert cpu_filter.lacking(above, eps, law, exp, cut) <= 0
 
@@ -446,8 +447,8 @@ def test_a_line_lets_no_less_through(
     exp: float, eps: float, most: float, share: float, score: float
 ) -> None:
     """And where weights are few eps wide, little more."""
-    _, low, cut = (np.float32(x) for x in cpu_filter.bounds(exp + 1e-9, eps, score))
-    how = cpu_filter.FALLING, np.float32(exp), np.float32(eps), np.int32(low), cut
+    _, low, cut = (np.float32(x) for x in laws.bounds(exp + 1e-9, eps, score))
+    how = laws.FALLING, np.float32(exp), np.float32(eps), np.int32(low), cut
     law, exp32, base, _, reach = cpu_filter.line(how, np.float32(most).view(np.int32))
     theta, base, reach = np.float32(share) * np.float32(most), np.float32(base), np.float32(reach)
     exact = score * (float(theta) + eps) ** exp

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from unmask.kernels.cpu_base import HALF
-from unmask.kernels.cpu_filter import STEEP, bounds, raising
 from unmask.kernels.cpu_moves import gather, insert, scatter
 from unmask.kernels.cpu_sweep import LAST, PACKED, SIZE, looker
+from unmask.kernels.laws import STEEP, bounds, raising
 from unmask.kernels.threads import SHARE, at_once, shares
 
 __all__ = ["Sweep", "gather", "handles", "insert", "scatter"]
@@ -122,7 +122,7 @@ def _address(array: np.ndarray[Any, Any]) -> int:
 
 @lru_cache  # a threshold soon stands, and then this would be a tenth of a short look
 def _constants(exp: float, eps: float, threshold: float) -> tuple[float, ...]:
-    """(law, low, exp, eps, cut, scale, less, above, below), as `cpu_filter` has them."""
+    """(law, low, exp, eps, cut, scale, less, above, below), as `laws` has them."""
     law, low, cut = bounds(exp, eps, threshold)
     how = raising(law, exp, eps)
     if abs(exp) > STEEP:

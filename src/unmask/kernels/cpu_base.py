@@ -16,10 +16,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-INFINITE = 0x7F800000  # the bits of inf: a float32 is finite exactly if its magnitude's are below
+from unmask.kernels.laws import INFINITE, LOG_A, LOG_B
+
 MAGNITUDE = np.int32(0x7FFFFFFF)
-LOG_A, LOG_B = (float(np.float32(x)) for x in (0.42285, 0.1592))  # fitted for the least error
-LOG_ERROR = 0.001  # 0.0009 for the fit, the rest for float32's rounding
 HALF = {torch.float32: False, torch.bfloat16: True}  # weights handled: whether they are 16 bits
 
 # Without types, since mypy sees what numba is given, not what it makes of it.

@@ -10,7 +10,6 @@ import numpy as np
 from numba import carray, cfunc, types  # type: ignore[attr-defined]
 
 from unmask.kernels.cpu_base import (
-    INFINITE,
     MAGNITUDE,
     add,
     as_bits,
@@ -25,7 +24,6 @@ from unmask.kernels.cpu_base import (
     ticket,
 )
 from unmask.kernels.cpu_filter import (
-    FALLING,
     PART,
     able,
     lacking,
@@ -34,6 +32,7 @@ from unmask.kernels.cpu_filter import (
     outdone,
     reaching,
 )
+from unmask.kernels.laws import FALLING, INFINITE
 from unmask.kernels.threads import Callback
 
 BLOCK = 1024  # scalars bounded at once

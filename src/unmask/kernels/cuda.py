@@ -1,14 +1,10 @@
 """The inner loops as Triton code for GPUs: each a single launch over many tensors at once.
 
-The filter is the one of `cpu`, with integers for logarithms: with b(x) the bits of a positive
-float32 and L(x) = b(x) / 2^23 - 127, log2(x) lies within [L(x), L(x) + 0.0861]. What torch's own
-formula might make of a number too small for that (below 2^-126, where float32 has fewer digits and
-devices differ) isn't reckoned with: such scalars are candidates. Candidates come in no order.
+The bounds are those of `laws`. Candidates come in no order.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -18,24 +14,21 @@ import torch
 from torch import Tensor
 
 from unmask.kernels import Run
+from unmask.kernels.laws import FALLING, STEEP, bounds, lost
 from unmask.kernels.reference import written
 from unmask.kernels.triton_code import gather_kernel, scan_kernel, scatter_kernel
 
 BLOCK = 4096  # scalars that a program looks at: 16 for each of its threads
 PART = 512  # scalars of a block with candidates that are looked at together
-WARPS = 8
+WARPS, REGISTERS = 8, 48  # of a program, of a thread: then five programs run at once where 64k are
 FEW = 1024  # scalars that a program moves
 GROWTH = 96  # of what is looked at, from round to round at the most
 ROOM = 16  # candidates held on a GPU for each that a thread of a processor may hold
-LOG_SLACK = 0.0861  # the most that L(x) lies below log2(x)
-LOG_ROUNDING = 1e-4  # float32 rounding of keys and scores, per unit of (1 + |exp|), with room
-FEWEST = -124.0  # log2 from which on float32 has all its digits, with room
-TINY = 2.0**-100  # a denormal weight is nothing beside an eps from here on
-STEEP = 1000.0  # exponents beyond overflow the keys
 
 KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `triton_code` numbers them
 WIDE = {torch.int64: True, torch.int32: False}
 HOW = {"enable_fp_fusion": False}  # the arithmetic as written, on every device
+SCAN = {"num_warps": WARPS, "maxnreg": REGISTERS}
 
 
 def handles(tensor: Tensor, home: torch.device) -> bool:
@@ -70,7 +63,7 @@ class Sweep:
         self._starts = [0, *accumulate(sizes)]
         self._block = BLOCK
         wide = WIDE[self._index_dtype]
-        self._how = {"BLOCK": BLOCK, "PART": PART, "WIDE": wide, "num_warps": WARPS}
+        self._how = {"BLOCK": BLOCK, "PART": PART, "WIDE": wide}
         self._firsts = _firsts(sizes, BLOCK)
         self.total = self._starts[-1]
         at, width = kept.data_ptr(), kept.element_size()
@@ -106,8 +99,9 @@ class Sweep:
         """As `cpu.Sweep.run`, but no candidates are left out, save if there are too many: then all,
         and both halves are left."""
         exp, eps = map(float, self._law)  # of another type, a kernel would be compiled anew
-        limits = bounds(exp, eps, threshold)
-        exp = 0.0 if limits[1] == -math.inf else exp  # the weight has no say, nor may it overflow
+        law, low, cut = bounds(exp, eps, threshold)
+        most = lost(exp) if law == FALLING else 0
+        exp = 0.0 if abs(exp) > STEEP else exp  # the weight has no say, nor may it overflow
         first, last = -(-self._owner(start) // every), self._owner(stop - 1) // every
         blocks = max(0, last - first + 1)
         room = min(stop - start, blocks * self._block, ROOM * capacity)
@@ -121,8 +115,8 @@ class Sweep:
         with torch.cuda.device_of(state):
             scan_kernel[(blocks,)](
                 *(self._table, tensors, first, every, but, start, stop),
-                *(limits[0], exp, eps, *limits[1:], state, index, theta, grad, room),
-                **(self._how | HOW),
+                *(low, exp, eps, cut, most, state, index, theta, grad, room, law),
+                **(self._how | HOW | SCAN),
             )
         found, bad = state.tolist()  # the one moment at which the processor waits for the device
         if bad:
@@ -155,29 +149,6 @@ def scatter(runs: list[Run], index: Tensor, values: Tensor, where: Tensor | None
     jumps = {"JUMP": where is not None, "FAR": WIDE[torch.int64 if where is None else where.dtype]}
     _launch(scatter_kernel, values.device, rows, WIDE=WIDE[index.dtype], **jumps)
     written(run.tensor for run in runs)
-
-
-def bounds(exp: float, eps: float, threshold: float) -> tuple[int, float, float]:
-    """(least |g| bits, least key, greatest exp·b(|θ| + ε) of those that are candidates anyway) that
-    a score of `threshold` or more can have, however float32 rounds it."""
-    if not threshold > 0:
-        return 0, -math.inf, -math.inf  # |g| = 0 will do
-    log = math.log2(threshold)
-    if not (math.isfinite(log) and log >= FEWEST) or abs(exp) > STEEP or (exp > 0 and eps < TINY):
-        return 1, -math.inf, -math.inf
-    rounding = LOG_ROUNDING * (1 + abs(exp))
-    lowest = -LOG_SLACK * max(0.0, -exp)  # how far log2 of the denominator may be below exp·L
-    cut = (log - LOG_SLACK + lowest - rounding + 127 - 127 * exp) * 2.0**23
-    floor = (FEWEST - lowest + rounding + 127 * exp) * 2.0**23
-    # The bound by |g| alone: the denominator is at least eps^exp where exp >= 0.
-    least = exp * math.log2(eps) if exp >= 0 else -math.inf
-    if least < FEWEST or (least := log + least - rounding) < FEWEST:
-        return 1, cut, floor
-    return _bits(2.0 ** min(least, 127.9)), cut, floor
-
-
-def _bits(number: float) -> int:
-    return int(torch.tensor(number, dtype=torch.float32).view(torch.int32))
 
 
 def _source(run: Run, index: Tensor) -> tuple[int, int, int, int, int]:

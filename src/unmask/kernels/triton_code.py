@@ -15,14 +15,17 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from unmask.kernels import laws
+
 # Without types, since mypy sees what triton is given, not what it makes of it.
 _compile: Any = triton.jit
-_numbers = ["tensors", "first", "every", "but", "start", "stop", "low", "room"]
+_numbers = ["tensors", "first", "every", "but", "start", "stop", "low", "lost", "room"]
 # A number's value is no reason to compile anew.
 _compile_scan: Any = triton.jit(do_not_specialize=_numbers)
 _compile_move: Any = triton.jit(do_not_specialize=["tensors"])
 
-INFINITE = tl.constexpr(0x7F800000)  # a float32 is finite exactly if its magnitude's bits are below
+INFINITE, FALLING = tl.constexpr(laws.INFINITE), tl.constexpr(laws.FALLING)
+LOG_A, LOG_B = tl.constexpr(laws.LOG_A), tl.constexpr(laws.LOG_B)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 
 
@@ -101,29 +104,37 @@ def _to_bfloat16(x):
 
 
 @_compile
-def _could_win(grad, theta, exp, eps, low, cut, floor):
-    """Which scores may reach the threshold that `cuda.bounds` is about."""
-    bits = grad.to(tl.int32, bitcast=True) & MAGNITUDE
-    base = (tl.abs(theta) + eps).to(tl.int32, bitcast=True)
-    part = exp * base.to(tl.float32)
-    near = (bits.to(tl.float32) - part >= cut) | (part < floor) | (base >= INFINITE)
-    return near & (bits >= low)
+def _logarithm(bits):
+    """log2 of a normal positive float32, as `laws` has it."""
+    m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    return bits.to(tl.float32) * 2.0**-23 - 127.0 + m * (1.0 - m) * (LOG_A - LOG_B * m)
 
 
 @_compile
-def _free(entries, count, scalar, start, length):
-    """Which of the scalars, from `start` on and within `length` of it, aren't among the entries."""
-    nearest = _place(entries, count, start)  # first for all together, then for each
-    last = _place(entries, count, start + length - 1)
-    entries += nearest
-    return tl.load(entries + _place(entries, last - nearest + 1, scalar)) != scalar
+def _could_win(grad, theta, exp, eps, low, cut, lost, LAW: tl.constexpr):
+    """Which scores may reach the threshold that `laws.bounds` is about."""
+    size, base = tl.abs(grad), tl.abs(theta) + eps
+    bits, base_bits = size.to(tl.int32, bitcast=True), base.to(tl.int32, bitcast=True)
+    if LAW == 0:
+        near = size >= cut
+    elif LAW == 1:
+        near = size >= cut * base
+    elif LAW == 2:
+        near = size >= cut * (base * base)
+    elif LAW == -1:
+        near = size * base >= cut
+    else:
+        near = _logarithm(bits) - exp * _logarithm(base_bits) >= cut
+        if LAW == FALLING:
+            near |= base_bits >= lost
+    return (near | (base_bits >= INFINITE)) & (bits >= low)
 
 
 @_compile_scan
 def scan_kernel(
-    table, tensors, first, every, but, start, stop, low, exp, eps, cut, floor,
+    table, tensors, first, every, but, start, stop, low, exp, eps, cut, lost,
     state, out_index, out_theta, out_grad, room,
-    BLOCK: tl.constexpr, PART: tl.constexpr, WIDE: tl.constexpr,
+    LAW: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Rows: first block, place in the sweep, size, offset; the address and kind of gradient and of
     weight; the address and length of `taken`.
@@ -148,26 +159,37 @@ def scan_kernel(
         tl.atomic_max(state + 1, tensors - k)
     if top >= low:
         theta = _block(theta_at, theta_kind, at, left, right, BLOCK)
-        if tl.max(_could_win(grad, theta, exp, eps, low, cut, floor).to(tl.int32), axis=0) > 0:
-            # Hits are rare: what follows reads again, from the cache, a few at a time, so that it
-            # takes no registers from what precedes.
-            offset, taken = tl.load(row + 3 * tensors), tl.load(row + 9 * tensors)
-            entries = _integers(tl.load(row + 8 * tensors), WIDE)
-            for part in range(0, BLOCK, PART):
-                lane = part + tl.arange(0, PART)
+        many = tl.sum(_could_win(grad, theta, exp, eps, low, cut, lost, LAW).to(tl.int32), axis=0)
+        if many > 0:
+            # Most are of the taken, as these were chosen for it. What follows reads again, from the
+            # cache, a few at a time, so that it takes no registers from what precedes.
+            scalar = tl.load(row + 3 * tensors) + at
+            taken, entries = tl.load(row + 9 * tensors), _integers(tl.load(row + 8 * tensors), WIDE)
+            before = _place(entries, taken, scalar)
+            entries += before
+            taken = tl.minimum(taken - before, BLOCK + 1)
+            nth = tl.arange(0, PART)
+            spot = tl.load(entries + nth, mask=nth < taken, other=-1).to(tl.int64) - scalar
+            keep = (nth < taken) & (spot >= left) & (spot < right)
+            grad_here = _some(grad_at, grad_kind, at + spot, keep)
+            theta_here = _some(theta_at, theta_kind, at + spot, keep)
+            keep &= _could_win(grad_here, theta_here, exp, eps, low, cut, lost, LAW)
+            many -= tl.sum(keep.to(tl.int32), axis=0)
+            for part in range(0, BLOCK if many > 0 else 0, PART):
+                lane = part + nth
                 keep = (lane >= left) & (lane < right)
                 grad_here = _some(grad_at, grad_kind, at + lane, keep)
                 theta_here = _some(theta_at, theta_kind, at + lane, keep)
-                keep &= _could_win(grad_here, theta_here, exp, eps, low, cut, floor)
+                keep &= _could_win(grad_here, theta_here, exp, eps, low, cut, lost, LAW)
                 if tl.max(keep.to(tl.int32), axis=0) > 0:
-                    scalar = offset + at + lane
                     if taken > 0:
-                        keep &= _free(entries, taken, scalar, offset + at + part, PART)
+                        nearest = entries + _place(entries, taken, scalar + lane)
+                        keep &= tl.load(nearest) != scalar + lane
                     found = keep.to(tl.int32)
                     count = tl.sum(found, axis=0).to(tl.int64)
                     here = tl.atomic_add(state, count) + tl.cumsum(found, axis=0) - 1
                     keep &= here < room
-                    tl.store(out_index + here, scalar, mask=keep)
+                    tl.store(out_index + here, scalar + lane, mask=keep)
                     tl.store(out_theta + here, theta_here, mask=keep)
                     tl.store(out_grad + here, grad_here, mask=keep)
 
