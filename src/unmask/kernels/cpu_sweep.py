@@ -38,7 +38,7 @@ from unmask.kernels.threads import Callback
 BLOCK = 1024  # scalars bounded at once
 CROWD = 256  # kept scalars of a block that are looked at, at the most
 FEW = 32  # scalars of a part with candidates that are looked at together
-OFTEN, WHILE = 8, 120  # blocks whose gradients alone said little; then weights are asked, too
+OFTEN, WHILE = 8, 120  # blocks of which gradients say little, and then looked at with weights
 
 # A sweep's table has a row for each tensor, and one for the end.
 START, OFFSET, GRAD, GRAD_HALF, THETA, THETA_HALF, FIRST, LAST = range(8)
@@ -101,8 +101,10 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
     first = count  # that were found in whole blocks
     due = 2 * wanted  # when there may be many that others outdo
     kept, wide = np.uint64(task.kept), task.wide != 0
-    near, misses = 0, 0
+    # What a block goes by: at exp < 0 a line of `most` and of the cut it was `drawn` for. Where
+    # gradients alone say little, which shows in `misses`, weights are asked, too, for a while.
     look, most, drawn = (law, exp, eps, low, cut), np.int32(-1), cut
+    misses, left = 0, 0
     k, at, seen, t = 0, start, -1, 0
     while at < stop:
         block = at // BLOCK
@@ -130,9 +132,9 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
         how, those = (law, exp, eps, low, cut), (kept, wide, t, last, offset)
         if law != FALLING or here == 0 or cut > drawn:
             look, most, drawn = how, np.int32(-1), cut
-        both = law == -1 or law == FALLING or near > 0
+        both = law == -1 or law == FALLING or left > 0
         top, largest, many = _hits(source, here, n, both, look, those, True)
-        if law == FALLING and largest > most:  # beyond what `look` is good for
+        if law == FALLING and largest > most:
             most = as_bits(np.float32(1.25) * as_float(largest))
             look = line(how, most)
             top, largest, many = _hits(source, here, n, both, look, those, False)
@@ -143,12 +145,12 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
             count = _closer(source, here, n, both, how, look, those, *found)
             if count < 0:
                 return first, at, -1
-        if near > 0:
-            near -= 1
+        if left > 0:
+            left -= 1
         elif not both and law != 0:
             misses = misses + 1 if many > 0 else max(misses - 3, 0)
             if misses == OFTEN:
-                near, misses = WHILE, OFTEN // 2
+                misses, left = OFTEN // 2, WHILE
         if wanted > 0 and count >= due:
             found = out_index, out_theta, out_grad, count
             raised = task.scale, task.less, task.above, task.below  # as `raising` has it
@@ -196,8 +198,8 @@ def _hits(source, at, n, both, how, those, ahead):  # type: ignore[no-untyped-de
 
 @compiled
 def _closer(source, at, n, both, how, look, those, out_index, out_theta, out_grad, count):  # type: ignore[no-untyped-def]
-    """Look at n scalars from `at` on, ever closer, as hits are rare: as `_hits` does by `look` and
-    in the end by `how`. `those` tells the kept, of whom the t-th may be the first here.
+    """Look at n scalars from `at` on, ever closer, as hits are rare: by `look`, in the end by
+    `how`. `those` tells the kept, of whom the t-th may be the first here.
 
     Returns the number found, with the `count` before, or -1 if there may be no room.
     """
