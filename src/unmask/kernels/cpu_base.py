@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from unmask.kernels.laws import INFINITE, LOG_A, LOG_B
+from unmask.kernels.laws import INFINITE, LOG_A, LOG_B, LOG_C
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 HALF = {torch.float32: False, torch.bfloat16: True}  # weights handled: whether they are 16 bits
@@ -150,7 +150,7 @@ def magnitude(_context, bits):  # type: ignore[no-untyped-def]
 @_intrinsic
 def logarithm(_context, _number):  # type: ignore[no-untyped-def]
     """log2 of a normal positive float32, within LOG_ERROR. With a mantissa of 1 + m it is m and
-    the exponent, which are its bits, and at most 0.0861, which is nearly m (1 - m) (a - b m)."""
+    the exponent, which are its bits, and at most 0.0861, as `laws` has it."""
 
     def generate(context, builder, _, arguments):  # type: ignore[no-untyped-def]
         word, real = (context.get_value_type(kind) for kind in (types.int32, types.float32))
@@ -158,7 +158,8 @@ def logarithm(_context, _number):  # type: ignore[no-untyped-def]
         mantissa = builder.or_(builder.and_(bits, word(0x7FFFFF)), word(0x3F800000))
         m = builder.fsub(builder.bitcast(mantissa, real), one)
         line = builder.fmul(builder.sitofp(bits, real), real(2.0**-23))
-        slope = builder.fsub(real(LOG_A), builder.fmul(m, real(LOG_B)))
+        slope = builder.fsub(real(LOG_B), builder.fmul(m, real(LOG_C)))
+        slope = builder.fsub(real(LOG_A), builder.fmul(m, slope))
         rest = builder.fmul(builder.fmul(m, builder.fsub(one, m)), slope)
         return builder.fadd(builder.fsub(line, real(127.0)), rest)
 

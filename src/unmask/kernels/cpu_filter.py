@@ -37,6 +37,12 @@ _lost = compiled(lost)
 
 
 @compiled
+def ending(law, exp):  # type: ignore[no-untyped-def]
+    """The `end` that `lacking` is to have."""
+    return np.int32(_lost(exp)) if law == FALLING else np.int32(INFINITE)
+
+
+@compiled
 def fetch(address, start, stop):  # type: ignore[no-untyped-def]
     """Have the memory of these bytes from an address on fetched, but AHEAD of them: processors
     don't by themselves look beyond a page."""
@@ -70,8 +76,11 @@ def reaching(address, half, at, n, low, ahead):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
-    """How far a score is below the threshold that `cut` was made for: above 0 if it can't win."""
+def lacking(g, base, law, exp, cut, end):  # type: ignore[no-untyped-def]
+    """How far a score is below the threshold that `cut` was made for: above 0 if it can't win.
+
+    `end` is the law's `lost`: asked for here it would keep loops from being vectorised.
+    """
     if law == 0:
         return cut - g
     if law == 1:
@@ -80,7 +89,7 @@ def lacking(g, base, law, exp, cut):  # type: ignore[no-untyped-def]
         return cut * (base * base) - g
     if law == -1:
         return cut - g * base
-    if law == FALLING and as_bits(base) >= np.int32(_lost(exp)):
+    if law == FALLING and as_bits(base) >= end:
         return np.float32(-np.inf)
     return cut - (logarithm(g) - exp * logarithm(base))
 
@@ -119,7 +128,7 @@ def least_gradient(eps, law, exp, cut):  # type: ignore[no-untyped-def]
 @compiled
 def line(how, most):  # type: ignore[no-untyped-def]
     """The (law, exp, eps, low, cut) of an exp < 0 as one of products, that lets no less through
-    while no |θ| has bits above `most`; or as it was, where numbers are out of hand.
+    while no |θ| has bits above `most`; or as it was, where numbers or the power are out of hand.
 
     Of x = |θ| + eps, x^-exp is at most α + βx = β (|θ| + eps'): its chord, or else its tangent.
     """
@@ -136,6 +145,8 @@ def line(how, most):  # type: ignore[no-untyped-def]
         far = max(far, 1e-3 * start)
         slope = ((start + far) ** size - start**size) / far
         base = start**size / slope
+        if slope * (far / 2 + base) > 1.05 * (start + far / 2) ** size:  # too much gets through
+            return how
     reach = 2.0**cut / slope * (1 - 1e-5)  # more than float32 rounds
     if not (1e-30 < reach < 1e30 and 1e-30 < base < 1e30):
         return how
@@ -143,12 +154,12 @@ def line(how, most):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _able_by(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
+def _able_by(g, t, law, exp, eps, cut, end):  # type: ignore[no-untyped-def]
     top, most, many = np.int32(0), np.int32(0), np.int32(0)
     for i in range(len(g)):
         grad, weight = magnitude(g[i]), magnitude(t[i])
         top, most = larger(as_bits(grad), top), larger(as_bits(weight), most)
-        lack = as_bits(lacking(grad, weight + eps, law, exp, cut))
+        lack = as_bits(lacking(grad, weight + eps, law, exp, cut, end))
         many = counted(many, np.int32(0), lack)
     return top, most, many
 
@@ -156,17 +167,18 @@ def _able_by(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
 @compiled
 def _able(g, t, law, exp, eps, cut):  # type: ignore[no-untyped-def]
     """By the law outside of the loops, and as integers, so that they vectorise."""
+    end = ending(law, exp)
     if law == 0:
-        return _able_by(g, t, 0, exp, eps, cut)
+        return _able_by(g, t, 0, exp, eps, cut, end)
     if law == 1:
-        return _able_by(g, t, 1, exp, eps, cut)
+        return _able_by(g, t, 1, exp, eps, cut, end)
     if law == 2:
-        return _able_by(g, t, 2, exp, eps, cut)
+        return _able_by(g, t, 2, exp, eps, cut, end)
     if law == -1:
-        return _able_by(g, t, -1, exp, eps, cut)
+        return _able_by(g, t, -1, exp, eps, cut, end)
     if law == FALLING:
-        return _able_by(g, t, FALLING, exp, eps, cut)
-    return _able_by(g, t, ANY, exp, eps, cut)
+        return _able_by(g, t, FALLING, exp, eps, cut, end)
+    return _able_by(g, t, ANY, exp, eps, cut, end)
 
 
 @compiled
@@ -175,10 +187,11 @@ def able(g_at, g_half, t_at, t_half, at, n, law, exp, eps, cut, ahead):  # type:
     scalars from `at` on. What follows is fetched meanwhile if it is looked at `ahead`."""
     top, most, many, width = np.int32(0), np.int32(0), np.int32(0), 2 if g_half else 4
     if g_half != t_half:  # seldom, and to have these loops vectorise takes a second for each
+        end = ending(law, exp)
         for i in range(at, at + n):
             g, t = read(g_at, g_half, i) & MAGNITUDE, read(t_at, t_half, i) & MAGNITUDE
-            many += as_bits(lacking(as_float(g), as_float(t) + eps, law, exp, cut)) <= 0
-            top, most = larger(g, top), larger(t, most)
+            lack = as_bits(lacking(as_float(g), as_float(t) + eps, law, exp, cut, end))
+            top, most, many = larger(g, top), larger(t, most), many + (lack <= 0)
         return top, most, many
     for first in range(at, at + n, PART):
         last = min(first + PART, at + n)
@@ -234,10 +247,10 @@ def outdone(index, theta, grad, count, wanted, law, exp, eps, cut, raising):  # 
     higher = np.float32(scale * last - less)
     if not above < last < below or not higher > cut:
         return count, cut
-    left = 0
+    left, end = 0, ending(law, exp)
     for i in range(count):
         base = as_float(theta[i] & MAGNITUDE) + eps
-        if lacking(as_float(grad[i] & MAGNITUDE), base, law, exp, higher) <= 0:
+        if lacking(as_float(grad[i] & MAGNITUDE), base, law, exp, higher, end) <= 0:
             index[left], theta[left], grad[left] = index[i], theta[i], grad[i]
             left += 1
     return left, higher

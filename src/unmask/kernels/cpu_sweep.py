@@ -26,6 +26,7 @@ from unmask.kernels.cpu_base import (
 from unmask.kernels.cpu_filter import (
     PART,
     able,
+    ending,
     lacking,
     least_gradient,
     line,
@@ -38,7 +39,7 @@ from unmask.kernels.threads import Callback
 BLOCK = 1024  # scalars bounded at once
 CROWD = 256  # kept scalars of a block that are looked at, at the most
 FEW = 32  # scalars of a part with candidates that are looked at together
-OFTEN, WHILE = 8, 120  # blocks of which gradients say little, and then looked at with weights
+OFTEN, WHILE = 8, 500  # blocks of which gradients say little, and then looked at with weights
 
 # A sweep's table has a row for each tensor, and one for the end.
 START, OFFSET, GRAD, GRAD_HALF, THETA, THETA_HALF, FIRST, LAST = range(8)
@@ -189,7 +190,8 @@ def _hits(source, at, n, both, how, those, ahead):  # type: ignore[no-untyped-de
         g = read(source[0], source[1], i) & MAGNITUDE
         if both:
             base = as_float(read(source[2], source[3], i) & MAGNITUDE) + eps
-            many -= as_bits(lacking(as_float(g), base, law, exp, cut)) <= 0  # as `able` counts
+            lack = lacking(as_float(g), base, law, exp, cut, ending(law, exp))
+            many -= as_bits(lack) <= 0  # as `able` counts
         else:
             many -= g >= low
         t += 1
@@ -206,6 +208,7 @@ def _closer(source, at, n, both, how, look, those, out_index, out_theta, out_gra
     g_at, g_half, t_at, t_half = source
     law, exp, eps, low, cut = how
     kept, wide, t, last, offset = those
+    end = ending(law, exp)
     for part in range(at, at + n, PART):
         some = min(PART, at + n - part)
         while t < last and index_at(kept, wide, t) < part + offset:
@@ -231,7 +234,7 @@ def _closer(source, at, n, both, how, look, those, out_index, out_theta, out_gra
                     continue
                 weight = read(t_at, t_half, i)
                 base = as_float(weight & MAGNITUDE) + eps
-                if lacking(as_float(g & MAGNITUDE), base, law, exp, cut) <= 0:
+                if lacking(as_float(g & MAGNITUDE), base, law, exp, cut, end) <= 0:
                     out_index[count], out_theta[count], out_grad[count] = i + offset, weight, g
                     count += 1
     return count

@@ -25,7 +25,7 @@ _compile_scan: Any = triton.jit(do_not_specialize=_numbers)
 _compile_move: Any = triton.jit(do_not_specialize=["tensors"])
 
 INFINITE, FALLING = tl.constexpr(laws.INFINITE), tl.constexpr(laws.FALLING)
-LOG_A, LOG_B = tl.constexpr(laws.LOG_A), tl.constexpr(laws.LOG_B)
+LOG_A, LOG_B, LOG_C = (tl.constexpr(x) for x in (laws.LOG_A, laws.LOG_B, laws.LOG_C))
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 
 
@@ -107,7 +107,8 @@ def _to_bfloat16(x):
 def _logarithm(bits):
     """log2 of a normal positive float32, as `laws` has it."""
     m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
-    return bits.to(tl.float32) * 2.0**-23 - 127.0 + m * (1.0 - m) * (LOG_A - LOG_B * m)
+    slope = LOG_A - m * (LOG_B - LOG_C * m)
+    return bits.to(tl.float32) * 2.0**-23 - 127.0 + m * (1.0 - m) * slope
 
 
 @_compile
