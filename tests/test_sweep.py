@@ -222,6 +222,7 @@ RANGES = st.sampled_from([(-38.0, 38.4), (18.0, 20.0), (-2.0, 2.0), (-45.0, -36.
 @example(exp=-0.5, eps=1.0, sizes=(-2.0, 2.0), share=0.03, wanted=1, dtype=DTYPES[0], seed=0)
 @example(exp=2.0, eps=1e5, sizes=(-2.0, 2.0), share=0.5, wanted=1, dtype=DTYPES[0], seed=0)
 @example(exp=0.5, eps=1e-45, sizes=(-45.0, -36.0), share=0.1, wanted=1, dtype=DTYPES[0], seed=0)
+@example(exp=-300.0, eps=1e-300, sizes=(-2.0, 2.0), share=0.0, wanted=100, dtype=DTYPES[0], seed=1)
 def test_no_score_is_too_odd(
     exp: float,
     eps: float,
@@ -421,23 +422,23 @@ def lacking(g: Any, base: Any, law: int, exp: Any, cut: Any) -> float:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    exp=st.sampled_from([0.0, 1.0, 2.0, 0.5, 3.0]),
-    eps=st.floats(1e-6, 1e6),
-    score=st.floats(1e-15, 1e15),
+    exp=st.sampled_from([0.0, 1.0, 2.0, 0.5, 3.0, -1.0, -0.5, -3.0]),
+    base=st.one_of(st.floats(1e-6, 1e6), st.floats(1e-30, 1e30)),
+    score=st.one_of(st.floats(1e-15, 1e15), st.floats(1e-29, 1e29)),
 )
 def test_the_least_gradient_that_a_cut_lets_any_scalar_have(
-    exp: float, eps: float, score: float
+    exp: float, base: float, score: float
 ) -> None:
-    law, _, cut = (np.float32(x) for x in laws.bounds(exp, eps, score))
-    law, exp, eps = int(law), np.float32(exp), np.float32(eps)
-    least = cpu_filter.least_gradient(eps, law, exp, cut)
+    law, _, cut = (np.float32(x) for x in laws.bounds(exp, base, score))
+    law, exp, base = int(law), np.float32(exp), np.float32(base)
+    least = cpu_filter.least_gradient(base, law, exp, cut)
     below = np.array(max(0, least - 1), dtype=np.int32).view(np.float32)[()]
     assert least >= 0
     if least > 0:
-        assert lacking(below, eps, law, exp, cut) > 0
-    if least < laws.INFINITE - 200_000:  # and it isn't far from the least
+        assert lacking(below, base, law, exp, cut) > 0
+    if 0 < least < np.float32(1e38).view(np.int32):  # and it isn't far from the least
         above = np.array(least + 200_000, dtype=np.int32).view(np.float32)[()]
-        assert lacking(above, eps, law, exp, cut) <= 0
+        assert lacking(above, base, law, exp, cut) <= 0
 
 
 @settings(max_examples=300, deadline=None)

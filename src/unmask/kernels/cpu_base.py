@@ -22,7 +22,9 @@ MAGNITUDE = np.int32(0x7FFFFFFF)
 HALF = {torch.float32: False, torch.bfloat16: True}  # weights handled: whether they are 16 bits
 
 # Without types, since mypy sees what numba is given, not what it makes of it.
-compiled: Any = njit(nogil=True)  # as a part of what calls it
+# Divided as C does: there is nobody whom a thread could tell of an exception.
+COMMON: Any = {"nogil": True, "error_model": "numpy"}
+compiled: Any = njit(**COMMON)  # as a part of what calls it
 _intrinsic: Any = intrinsic
 _move: Any = cgutils.raw_memmove
 
@@ -42,7 +44,7 @@ def _version() -> str:
 
 def entry(function: Callable[..., Any]) -> Any:
     """Compiled for Python to call, and kept on disk."""
-    return njit(nogil=True, cache=True)(stamped(function))
+    return njit(cache=True, **COMMON)(stamped(function))
 
 
 def addresses(tensors: Iterable[Tensor]) -> np.ndarray[Any, Any]:

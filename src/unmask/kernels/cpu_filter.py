@@ -6,6 +6,7 @@ import numpy as np
 from numba import carray, njit  # type: ignore[attr-defined]
 
 from unmask.kernels.cpu_base import (
+    COMMON,
     MAGNITUDE,
     as_bits,
     as_float,
@@ -114,15 +115,19 @@ def met(g, base, law, exp):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def least_gradient(eps, law, exp, cut):  # type: ignore[no-untyped-def]
-    """The least |g| bits, 0 or more, with which a scalar may lack nothing, at exp >= 0."""
-    if law == ANY:  # of l(|g|), less by how much l may stray
-        slack = (2 * LOG_ERROR + ROUNDING) * (1 + abs(exp))
-        log = np.float64(cut + exp * logarithm(eps)) - slack
+def least_gradient(base, law, exp, cut):  # type: ignore[no-untyped-def]
+    """The least |g| bits, 0 or more, with which a scalar may lack nothing, if `base` is as good as
+    any |θ| + eps: the least of them at exp >= 0, else the largest."""
+    if law == ANY or (law == FALLING and as_bits(base) < _lost(exp)):
+        slack = (2 * LOG_ERROR + ROUNDING) * (1 + abs(exp))  # by which l may stray
+        log = np.float64(cut + exp * logarithm(base)) - slack
         return as_bits(np.float32(2.0 ** min(log, 127.9))) if log > -125 else np.int32(0)
-    if not cut > 0 or as_bits(eps) >= INFINITE:
+    if law == FALLING or not cut > 0 or not as_bits(base) < INFINITE:
         return np.int32(0)
-    return as_bits(cut if law == 0 else cut * eps if law == 1 else cut * (eps * eps))
+    if law == -1:
+        least = np.float64(cut) / np.float64(base) * (1 - 1e-6)  # as products are rounded
+        return as_bits(np.float32(min(least, 3e38))) if least > 2 * SMALLEST else np.int32(0)
+    return as_bits(cut if law == 0 else cut * base if law == 1 else cut * (base * base))
 
 
 @compiled
@@ -153,7 +158,7 @@ def line(how, most):  # type: ignore[no-untyped-def]
     return -1, exp, np.float32(base), low, np.float32(reach)
 
 
-@njit(inline="always")
+@njit(inline="always", **COMMON)
 def _able_by(g, t, law, exp, eps, cut, end):  # type: ignore[no-untyped-def]
     top, most, many = np.int32(0), np.int32(0), np.int32(0)
     for i in range(len(g)):

@@ -17,7 +17,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from unmask.kernels.cpu_base import compiled, entry
+from unmask.kernels.cpu_base import COMMON, compiled, entry
 from unmask.kernels.threads import in_threads
 
 BLOCK = 64  # tokens turned round at once
@@ -28,7 +28,7 @@ WORTH = 1 << 18  # multiplications and moves from which a second thread is worth
 
 # Sums may be taken in any order, so that they vectorise; NaN and infinity still count.
 _FAST = {"reassoc", "contract", "nsz"}
-_compile_sums: Any = njit(nogil=True, fastmath=_FAST)
+_compile_sums: Any = njit(fastmath=_FAST, **COMMON)
 
 # How a dtype's bits are looked at, and how far they are shifted to be the same float32's.
 BITS = {torch.float32: (torch.int32, 0), torch.bfloat16: (torch.int16, 16)}

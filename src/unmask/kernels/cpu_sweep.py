@@ -61,7 +61,7 @@ PACKED = Struct(f"{len(WORDS)}q{len(REALS)}d")
 @cache
 def looker() -> Any:
     """What each thread does with a task, for `at_once`, by its address."""
-    made: Any = cfunc(types.void(types.uint64), cache=True)
+    made: Any = cfunc(types.void(types.uint64), cache=True, error_model="numpy")
 
     @made
     @stamped
@@ -102,10 +102,12 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
     first = count  # that were found in whole blocks
     due = 2 * wanted  # when there may be many that others outdo
     kept, wide = np.uint64(task.kept), task.wide != 0
-    # What a block goes by: at exp < 0 a line of `most` and of the cut it was `drawn` for. Where
-    # gradients alone say little, which shows in `misses`, weights are asked, too, for a while.
-    look, most, drawn = (law, exp, eps, low, cut), np.int32(-1), cut
-    misses, left = 0, 0
+    # A block goes by gradients alone: beside a weight of 0 at exp >= 0, else beside the tensor's
+    # largest, within `most`. Where that says little, which shows in `misses`, it goes by products
+    # of gradients and weights for a while.
+    sinking = law == -1 or law == FALLING
+    how, most = (law, exp, eps, low, cut), np.int32(0)
+    look, misses, left = how, 0, 0
     k, at, seen, t = 0, start, -1, 0
     while at < stop:
         block = at // BLOCK
@@ -122,23 +124,26 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
         last = table[k, LAST]
         if seen != at or here == 0:
             t = first_from(kept, wide, table[k, FIRST], last, here + offset)
-        if task.cut > cut:  # another thread's
-            cut = np.float32(task.cut)
-            if law != -1 and law != FALLING:  # else it depends on the weights
-                low = larger(low, least_gradient(eps, law, exp, cut))
         n = min((block + 1) * BLOCK, stop, table[k + 1, START]) - at
         g_at, g_half = np.uint64(table[k, GRAD]), table[k, GRAD_HALF] != 0
         t_at, t_half = np.uint64(table[k, THETA]), table[k, THETA_HALF] != 0
         source = g_at, g_half, t_at, t_half
-        how, those = (law, exp, eps, low, cut), (kept, wide, t, last, offset)
-        if law != FALLING or here == 0 or cut > drawn:
-            look, most, drawn = how, np.int32(-1), cut
-        both = law == -1 or law == FALLING or left > 0
-        top, largest, many = _hits(source, here, n, both, look, those, True)
-        if law == FALLING and largest > most:
-            most = as_bits(np.float32(1.25) * as_float(largest))
-            look = line(how, most)
-            top, largest, many = _hits(source, here, n, both, look, those, False)
+        those, both = (kept, wide, t, last, offset), left > 0
+        if sinking and here == 0:
+            most = np.int32(0)
+        stale = task.cut > cut or (sinking and here == 0)
+        while True:
+            if stale:
+                cut = np.float32(task.cut)
+                best = eps + as_float(most) if sinking else eps
+                low = larger(np.int32(task.low), least_gradient(best, law, exp, cut))
+                how = law, exp, eps, low, cut
+                look = line(how, most) if law == FALLING else how
+            top, largest, many = _hits(source, here, n, both, look, those, True)
+            stale = sinking and largest > most
+            if not stale:
+                break
+            most = larger(largest, as_bits(np.float32(1.25) * as_float(largest)))
         if top >= INFINITE:
             return count, at, k
         if many > 0:
@@ -148,7 +153,7 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
                 return first, at, -1
         if left > 0:
             left -= 1
-        elif not both and law != 0:
+        elif law != 0:
             misses = misses + 1 if many > 0 else max(misses - 3, 0)
             if misses == OFTEN:
                 misses, left = OFTEN // 2, WHILE
@@ -182,6 +187,8 @@ def _hits(source, at, n, both, how, those, ahead):  # type: ignore[no-untyped-de
         top, most, many = able(*source, at, n, law, exp, eps, cut, ahead)
     else:
         most = np.int32(-1)
+        if law == -1 or law == FALLING:
+            most = reaching(source[2], source[3], at, n, np.int32(INFINITE), ahead)[0]
         top, many = reaching(source[0], source[1], at, n, low, ahead)
     if t + CROWD < last and index_at(kept, wide, t + CROWD) < end:
         return top, most, many
@@ -208,7 +215,7 @@ def _closer(source, at, n, both, how, look, those, out_index, out_theta, out_gra
     g_at, g_half, t_at, t_half = source
     law, exp, eps, low, cut = how
     kept, wide, t, last, offset = those
-    end = ending(law, exp)
+    end, both = ending(law, exp), both or law == -1 or law == FALLING
     for part in range(at, at + n, PART):
         some = min(PART, at + n - part)
         while t < last and index_at(kept, wide, t) < part + offset:
