@@ -1,4 +1,4 @@
-"""The CPU's gather, scatter and insert, compiled, against plain torch's."""
+"""The CPU's gather, scatter, insert and search, compiled, against plain torch's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lockstep import same_bits
 from models import seeded
-from unmask.kernels import Run, merge, reference
+from unmask.kernels import Run, merge, reference, search
 
 cpu = pytest.importorskip("unmask.kernels.cpu")
 
@@ -74,3 +74,18 @@ def test_insert(counts: tuple[int, int], dtype: torch.dtype, belongs: torch.dtyp
             insert(room, more, room_of, of_more)
             assert torch.equal(room, index)
             assert torch.equal(room_of, its)
+
+
+@pytest.mark.parametrize(
+    "counts", [(0, 0), (5, 0), (0, 5), (1, 1), (1000, 3), (3, 1000), (99, 98), (200_000, 180_000)]
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_search(counts: tuple[int, int], dtype: torch.dtype) -> None:
+    for seed in range(5):
+        among = torch.randperm(2 * max(counts) + 1, generator=seeded(seed)).to(dtype)
+        others = torch.randperm(2 * max(counts) + 1, generator=seeded(seed + 9)).to(dtype)
+        index, wanted = (x[:n].sort().values for x, n in zip((among, others), counts, strict=True))
+        place, there = search(index, wanted)
+        assert torch.equal(there, torch.isin(wanted, index))
+        assert torch.equal(index[place[there]], wanted[there])
+        assert torch.equal(cpu.search(index, wanted), reference.search(index, wanted))

@@ -183,7 +183,7 @@ class Draft:
     def _enter(self, chosen: Tensor) -> Change:
         """Let the chosen join those kept."""
         if self.quota.drop:
-            index = torch.cat([self.kept, chosen]).sort().values
+            index = torch.cat([self.kept, chosen]).sort().values if len(self.kept) else chosen
             self.change = self.slots.replace(index, self.method.strategy.rewinds)
         else:
             self.change = self.slots.extend(chosen)

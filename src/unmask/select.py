@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from unmask.kernels import Run, compiled_for, gather
 RUN = 1 << 20  # scalars scored at once in plain torch
 FEW = 1 << 16  # candidates that one thread of a sweep may hold, at the least
 MANY = 1 << 18  # and at the most
+CROWD = 1 << 12  # so many to choose are foretold well by how many a sample has
+SAMPLE = 33  # one block of so many; odd, as rows' lengths are even
 
 
 class NonFinite(Exception):
@@ -66,9 +69,13 @@ class TopK:
         self.home = home  # where candidates are kept, whatever devices the tensors are on
         self.threshold = -math.inf  # the count-th best score so far; below it nothing matters
         self.last = -1  # of a power law's scores, if the threshold is 0: the last of those kept
-        # Candidates as (scores, indices, gradients), and some as (weights, indices, gradients), as
-        # a sweep finds few and scoring any takes its time; how many of both, and of the latter.
-        none = torch.empty(0, device=home)
+        self._clear()
+
+    def _clear(self) -> None:
+        """No candidates."""
+        # As (scores, indices, gradients), and some as (weights, indices, gradients), as a sweep
+        # finds few and scoring any takes its time; how many of both, and of the latter.
+        none = torch.empty(0, device=self.home)
         self._found: list[tuple[Tensor, ...]] = [(none, none.long(), none)]
         self._swept: list[tuple[Tensor, ...]] = []
         self._held = self._unscored = 0
@@ -124,7 +131,6 @@ class TopK:
         """Let compiled code find what could win, then score only that."""
         thetas, offsets = [p.theta for p in pieces], [p.offset for p in pieces]
         grads = [p.grad for p in pieces if p.grad is not None]
-        places = pieces[0].places
         kept, into, runs = pieces[0].kept, pieces[0].into, [(p.start, p.stop) for p in pieces]
         if kept.device != thetas[0].device:
             for piece in pieces:
@@ -132,30 +138,54 @@ class TopK:
             kept, into = kept.to(thetas[0].device), None
         module = compiled_for(thetas[0])
         assert module is not None
-        sweep = module.Sweep(thetas, grads, offsets, kept, runs, into, law)
-        capacity = max(FEW, min(2 * self.count, MANY))
+        made = partial(module.Sweep, thetas, grads, offsets, kept, runs)
+        sweep = made(into, law)
+        if self.threshold == -math.inf and not self._held and self.count >= CROWD:
+            again = made(None, law)  # what is looked at twice is added up once
+            if (hope := self._foretold(again, pieces)) > 0.0:
+                self.threshold = hope
+                self._look(sweep, pieces)
+                if int((self._all()[0] >= hope).sum()) >= self.count:
+                    return
+                self.threshold, sweep = -math.inf, again
+                self._clear()
         for every, but in self._rounds(sweep.total, module.GROWTH):
-            ranges = [(0, sweep.total)]
-            while ranges:
-                first, last = ranges.pop()
-                threshold = self.threshold
-                if threshold == 0.0:
-                    could = places is None and self._zero_could_win(sweep.first(first))
-                    threshold = 0.0 if could else math.ulp(0.0)
-                how = threshold, capacity, every, but, self.count
-                found, left, bad = sweep.run(first, last, *how)
-                if bad >= 0:
-                    raise NonFinite(pieces[bad].name)
-                index, theta, grad = found
-                if len(index):
-                    index = index if places is None else places(index)
-                    self._swept.append((theta, index, grad))
-                    self._held += len(index)
-                    self._unscored += len(index)
-                    if self._unscored > FEW:  # so that scores take no room to speak of
-                        self._score()
-                    self._thin(2 * self.count)
-                ranges += left
+            self._look(sweep, pieces, every, but)
+
+    def _foretold(self, sweep: Any, pieces: list[Piece]) -> float:
+        """A threshold that half as many again as are wanted should reach; -inf if there are few."""
+        least = self.count / SAMPLE
+        sample = TopK(math.ceil(1.5 * least + 3 * least**0.5), self.heuristic, self.home)
+        sample._look(sweep, pieces, SAMPLE)
+        sample._thin(sample.count)
+        return sample.threshold
+
+    def _look(self, sweep: Any, pieces: list[Piece], every: int = 1, but: int = 0) -> None:
+        """Find what could win in each block whose number is a multiple of `every` and none of
+        `but`."""
+        places = pieces[0].places
+        capacity = max(FEW, min(2 * self.count, MANY))
+        ranges = [(0, sweep.total)]
+        while ranges:
+            first, last = ranges.pop()
+            threshold = self.threshold
+            if threshold == 0.0:
+                could = places is None and self._zero_could_win(sweep.first(first))
+                threshold = 0.0 if could else math.ulp(0.0)
+            how = threshold, capacity, every, but, self.count
+            found, left, bad = sweep.run(first, last, *how)
+            if bad >= 0:
+                raise NonFinite(pieces[bad].name)
+            index, theta, grad = found
+            if len(index):
+                index = index if places is None else places(index)
+                self._swept.append((theta, index, grad))
+                self._held += len(index)
+                self._unscored += len(index)
+                if self._unscored > FEW:  # so that scores take no room to speak of
+                    self._score()
+                self._thin(2 * self.count)
+            ranges += left
 
     def _zero_could_win(self, index: int) -> bool:
         """Whether a score of 0 may be among the best, at this global index or a later one."""

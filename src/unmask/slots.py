@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unmask.eligible import Eligible
 from unmask.errors import UnmaskError
-from unmask.kernels import Run, gather, insert, merge, scatter
+from unmask.kernels import Run, gather, insert, merge, scatter, search
 from unmask.states import check_table
 
 TABLE = ("index", "position", "base", "retired", "retired_base")
@@ -59,11 +59,9 @@ class Change:
 
     def at(self, index: Tensor) -> Tensor:
         """The positions of these scalars, all in the table to come."""
-        if not len(self.fresh):
+        place, enters = search(self.fresh, index.to(self.fresh))
+        if not enters.any():
             return self.slots.at(index)
-        index = index.to(self.fresh)
-        place = torch.searchsorted(self.fresh, index).clamp_(max=len(self.fresh) - 1)
-        enters = self.fresh[place] == index
         entered = self.entered[place]
         return entered if enters.all() else torch.where(enters, entered, self.slots.at(index))
 
@@ -110,8 +108,7 @@ class Slots:
 
     def at(self, index: Tensor) -> Tensor:
         """The positions of these scalars; any, of one that isn't current."""
-        place = torch.searchsorted(self.index, index.to(self.index))
-        return self.position[place.clamp_(max=len(self.index) - 1)]
+        return self.position[search(self.index, index.to(self.index))[0]]
 
     def where(self, which: Tensor | None) -> tuple[Tensor, Tensor]:
         """The scalars that a mask says, and their positions; all without one."""
@@ -127,8 +124,10 @@ class Slots:
     def replace(self, chosen: Tensor, rewind: bool = False) -> Change:
         """Let exactly these scalars (sorted) be current; those that stay keep their positions."""
         chosen = chosen.to(self.index)
-        stays = torch.isin(self.index, chosen, assume_unique=True)
-        fresh = chosen[~torch.isin(chosen, self.index, assume_unique=True)]
+        place, there = search(self.index, chosen)
+        stays = torch.zeros_like(self.index, dtype=torch.bool)
+        stays[place[there]] = True
+        fresh = chosen[~there]
         return Change(self, fresh, self._places(len(fresh), self.position[stays]), stays, rewind)
 
     def _places(self, count: int, occupied: Tensor) -> Tensor:
@@ -157,9 +156,9 @@ class Slots:
         if len(change.fresh):
             weights = self.read(change.fresh)
             base = weights.clone()
-            again = torch.isin(change.fresh, self.retired, assume_unique=True)
+            place, again = search(self.retired, change.fresh)
             if again.any():  # trained before: its base is older than its weight
-                place = torch.searchsorted(self.retired, change.fresh[again])
+                place = place[again]
                 base[again] = self.retired_base[place]
                 keep = torch.ones_like(self.retired, dtype=torch.bool)
                 keep[place] = False
@@ -213,8 +212,8 @@ class Slots:
     def original(self, index: Tensor) -> Tensor:
         """What the weights at sorted global indices were before this table first touched them."""
         weights, (touched, base) = self.read(index), self.touched()
-        known = torch.isin(index, touched, assume_unique=True)
-        weights[known] = base[torch.searchsorted(touched, index[known])]
+        place, known = search(touched, index)
+        weights[known] = base[place[known]]
         return weights
 
     def state_dict(self) -> dict[str, Tensor]:

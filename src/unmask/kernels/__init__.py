@@ -20,7 +20,7 @@ from torch import Tensor
 from unmask.errors import UnmaskWarning
 from unmask.kernels import reference
 
-__all__ = ["Run", "compiled_for", "gather", "insert", "merge", "scatter"]
+__all__ = ["Run", "compiled_for", "gather", "insert", "merge", "scatter", "search"]
 
 
 class Run(NamedTuple):
@@ -63,6 +63,18 @@ def insert(index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor) -
     parts = index, more, belongs, more_belongs
     module = compiled_for(*parts)
     getattr(module, "insert", reference.insert)(*parts)
+
+
+def search(index: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each of the sorted `wanted` is in the sorted `index`, int64; and whether it is there:
+    else where another stands, or 0."""
+    if not len(index):
+        return wanted.new_zeros(len(wanted), dtype=torch.int64), torch.zeros_like(
+            wanted, dtype=torch.bool
+        )
+    module = compiled_for(index, wanted)
+    place = getattr(module, "search", reference.search)(index, wanted).clamp_(max=len(index) - 1)
+    return place, index[place] == wanted
 
 
 def _shared_out(runs: list[Run], *vectors: Tensor) -> Iterator[tuple[ModuleType, list[Run]]]:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from unmask.kernels.cpu_base import HALF
-from unmask.kernels.cpu_moves import gather, insert, scatter
+from unmask.kernels.cpu_moves import gather, insert, scatter, search
 from unmask.kernels.cpu_sweep import LAST, PACKED, SIZE, looker
 from unmask.kernels.laws import STEEP, bounds, raising
 from unmask.kernels.threads import SHARE, at_once, shares
 
-__all__ = ["Sweep", "gather", "handles", "insert", "scatter"]
+__all__ = ["Sweep", "gather", "handles", "insert", "scatter", "search"]
 
 GLANCE = 1 << 19  # least scalars of a thread's share where almost all are passed over
 GROWTH = 4096  # of what is looked at, from round to round at the most

@@ -201,6 +201,46 @@ def counted(_context, count, one, other):  # type: ignore[no-untyped-def]
     return count(count, one, other), generate
 
 
+FEW = 32  # numbers that `reached` compares
+
+
+@_intrinsic
+def reached(_context, _address, least):  # type: ignore[no-untyped-def]
+    """Which of FEW numbers at an address have magnitude bits, as wide as these, of `least` or more:
+    a bit for each, from the lowest on."""
+
+    def generate(context, builder, _, arguments):  # type: ignore[no-untyped-def]
+        width = least.bitwidth
+        lanes, word = ir.VectorType(ir.IntType(width), FEW), context.get_value_type(types.int64)
+        place = builder.inttoptr(arguments[0], lanes.as_pointer())
+        size = builder.and_(
+            builder.load(place, align=width // 8), _all(lanes, (1 << width - 1) - 1)
+        )
+        one = builder.insert_element(lanes(ir.Undefined), arguments[1], ir.IntType(32)(0))
+        every = builder.shuffle_vector(one, lanes(ir.Undefined), _all(_WORDS, 0))
+        found = builder.bitcast(builder.icmp_signed(">=", size, every), ir.IntType(FEW))
+        return builder.zext(found, word)
+
+    return types.int64(types.uint64, least), generate
+
+
+_WORDS = ir.VectorType(ir.IntType(32), FEW)
+
+
+def _all(lanes: Any, number: int) -> Any:
+    return ir.Constant(lanes, [number] * FEW)
+
+
+@_intrinsic
+def lowest(_context, _word):  # type: ignore[no-untyped-def]
+    """The place of an int64's lowest bit that is set; there must be one."""
+
+    def generate(_, builder, __, arguments):  # type: ignore[no-untyped-def]
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.int64(types.int64), generate
+
+
 @compiled
 def read(address, half, i):  # type: ignore[no-untyped-def]
     """The bits of the i-th number at an address, as float32's."""

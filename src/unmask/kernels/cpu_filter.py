@@ -7,6 +7,7 @@ from numba import carray, njit  # type: ignore[attr-defined]
 
 from unmask.kernels.cpu_base import (
     COMMON,
+    FEW,
     MAGNITUDE,
     as_bits,
     as_float,
@@ -17,6 +18,7 @@ from unmask.kernels.cpu_base import (
     magnitude,
     pointer,
     prefetch,
+    reached,
     read,
     size,
 )
@@ -74,6 +76,19 @@ def reaching(address, half, at, n, low, ahead):  # type: ignore[no-untyped-def]
     if half:
         return np.int32(top16) << np.int32(16), np.int32(many16)
     return top32, many32
+
+
+@compiled
+def reach(address, half, at, n, low):  # type: ignore[no-untyped-def]
+    """Which of n numbers, FEW at the most, `reaching` counts: a bit for each."""
+    if n == FEW and half:
+        return reached(address + np.uint64(2 * at), np.int16((np.int64(low) + 0xFFFF) >> 16))
+    if n == FEW:
+        return reached(address + np.uint64(4 * at), low)
+    bits = np.int64(0)
+    for i in range(n):
+        bits |= np.int64(read(address, half, at + i) & MAGNITUDE >= low) << i
+    return bits
 
 
 @compiled

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
@@ -54,6 +55,17 @@ def insert(index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor) -
     _insert(*(part.numpy() for part in (index, more, belongs, more_belongs)))
 
 
+def search(index: Tensor, wanted: Tensor) -> Tensor:
+    """As `reference.search`."""
+    out = torch.empty(len(wanted), dtype=torch.int64)
+
+    def work(a: int, b: int) -> None:
+        _search(index.numpy(), wanted.numpy(), a, b, out.numpy())
+
+    in_threads(work, shares(0, len(wanted)))
+    return out
+
+
 def _table(runs: list[Run]) -> tuple[np.ndarray[Any, Any], ...]:
     numbers = np.array([run[1:] for run in runs], dtype=np.int64).reshape(-1, 3)
     tensors = [run.tensor for run in runs]
@@ -83,10 +95,26 @@ def _scatter(runs, address, half, index, first, last, values, where, jump):  # t
 
 
 @entry
+def _search(index, wanted, first, last, out):  # type: ignore[no-untyped-def]
+    place = 0
+    for i in range(first, last):
+        far = 1  # in ever longer steps, since the next is near where the two are as dense
+        while place + far <= len(index) and index[place + far - 1] < wanted[i]:
+            place, far = place + far, 2 * far
+        stop = min(place + far - 1, len(index))
+        place += np.searchsorted(index[place:stop], wanted[i])
+        out[i] = place
+
+
+@entry
 def _insert(index, more, belongs, more_belongs):  # type: ignore[no-untyped-def]
     stop = len(index) - len(more)
     for j in range(len(more) - 1, -1, -1):  # from the end, as that is where there is room
-        start = np.searchsorted(index[:stop], more[j])
+        start, far = stop, 1
+        while start >= far and index[start - far] > more[j]:
+            start, far = start - far, 2 * far
+        low = max(start - far + 1, 0)
+        start = low + np.searchsorted(index[low:start], more[j])
         shift(index, start, stop - start, j + 1)
         shift(belongs, start, stop - start, j + 1)
         index[start + j], belongs[start + j] = more[j], more_belongs[j]

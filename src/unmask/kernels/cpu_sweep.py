@@ -10,6 +10,7 @@ import numpy as np
 from numba import carray, cfunc, types  # type: ignore[attr-defined]
 
 from unmask.kernels.cpu_base import (
+    FEW,
     MAGNITUDE,
     add,
     as_bits,
@@ -18,7 +19,9 @@ from unmask.kernels.cpu_base import (
     first_from,
     index_at,
     larger,
+    lowest,
     pointer,
+    prefetch,
     read,
     stamped,
     ticket,
@@ -31,6 +34,7 @@ from unmask.kernels.cpu_filter import (
     least_gradient,
     line,
     outdone,
+    reach,
     reaching,
 )
 from unmask.kernels.laws import FALLING, INFINITE
@@ -38,7 +42,6 @@ from unmask.kernels.threads import Callback
 
 BLOCK = 1024  # scalars bounded at once
 CROWD = 256  # kept scalars of a block that are looked at, at the most
-FEW = 32  # scalars of a part with candidates that are looked at together
 OFTEN, WHILE = 8, 500  # blocks of which gradients say little, and then looked at with weights
 
 # A sweep's table has a row for each tensor, and one for the end.
@@ -154,7 +157,7 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
         if left > 0:
             left -= 1
         elif law != 0:
-            misses = misses + 1 if many > 0 else max(misses - 3, 0)
+            misses = misses + 1 if many > 2 * (count - first) else max(misses - 3, 0)
             if misses == OFTEN:
                 misses, left = OFTEN // 2, WHILE
         if wanted > 0 and count >= due:
@@ -216,32 +219,35 @@ def _closer(source, at, n, both, how, look, those, out_index, out_theta, out_gra
     law, exp, eps, low, cut = how
     kept, wide, t, last, offset = those
     end, both = ending(law, exp), both or law == -1 or law == FALLING
+    if count + n > out_index.size:
+        return -1
+    for near in range(at, at if both else at + n, FEW):  # weights to come, all at once
+        bits = reach(g_at, g_half, near, min(FEW, at + n - near), low)
+        while bits != 0:
+            prefetch(t_at + np.uint64((near + lowest(bits)) * (2 if t_half else 4)))
+            bits &= bits - 1
     for part in range(at, at + n, PART):
         some = min(PART, at + n - part)
         while t < last and index_at(kept, wide, t) < part + offset:
             t += 1
         here = kept, wide, t, last, offset
-        if _hits(source, part, some, both, look, here, False)[2] == 0:
+        if both and _hits(source, part, some, True, look, here, False)[2] == 0:
             continue
-        if count + n > out_index.size:
-            return -1
         for near in range(part, part + some, FEW):
             few = min(FEW, part + some - near)
-            if both:
-                many = able(*source, near, few, law, exp, eps, cut, False)[2]
-            else:
-                _, many = reaching(g_at, g_half, near, few, low, False)
-            for i in range(near, near + few if many > 0 else near):
-                g = read(g_at, g_half, i)
-                if g & MAGNITUDE < low:
-                    continue
+            if both and able(*source, near, few, law, exp, eps, cut, False)[2] == 0:
+                continue
+            bits = reach(g_at, g_half, near, few, low)
+            while bits != 0:
+                i = near + lowest(bits)
+                bits &= bits - 1
                 while t < last and index_at(kept, wide, t) < i + offset:
                     t += 1
                 if t < last and index_at(kept, wide, t) == i + offset:
                     continue
-                weight = read(t_at, t_half, i)
+                g, weight = read(g_at, g_half, i), read(t_at, t_half, i)
                 base = as_float(weight & MAGNITUDE) + eps
-                if lacking(as_float(g & MAGNITUDE), base, law, exp, cut, end) <= 0:
-                    out_index[count], out_theta[count], out_grad[count] = i + offset, weight, g
-                    count += 1
+                lack = lacking(as_float(g & MAGNITUDE), base, law, exp, cut, end)
+                out_index[count], out_theta[count], out_grad[count] = i + offset, weight, g
+                count += lack <= 0  # a branch would wait for the weight
     return count

@@ -51,6 +51,11 @@ def insert(index: Tensor, more: Tensor, belongs: Tensor, more_belongs: Tensor) -
     belongs.copy_(torch.cat([belongs[:count], more_belongs])[order])
 
 
+def search(index: Tensor, wanted: Tensor) -> Tensor:
+    """How many entries of `index` each of `wanted` is above, int64; both sorted."""
+    return torch.searchsorted(index, wanted)
+
+
 def written(tensors: Iterable[Tensor]) -> None:
     """Tell autograd of writes that it can't have seen, as compiled code's."""
     tensors = list(tensors)
