@@ -57,9 +57,13 @@ def selective(
     exp: float = 2.0,
     fused: bool = False,
     rests: bool = False,
+    anew: bool = False,
 ) -> tuple[unmask.Tuner, Callable[[], object]]:
-    """ID3 at that share of its run; its first step, which catches up, is taken here."""
+    """ID3 at that share of its run, or a method that chooses all anew at each step; its first step,
+    which catches up, is taken here."""
     method = unmask.id3(budget=budget, exp=exp, schedule=From(round(share * STEPS), rests))
+    if anew:
+        method = unmask.repeat_d3(budget=budget, exp=exp)
     tuner = unmask.attach(model, method, steps=STEPS)
     optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-4, fused=fused)
     optimizer.step()
@@ -155,6 +159,13 @@ def budgets(shape: str, repeats: int, choices: tuple[int, ...]) -> list[dict[str
     ]
 
 
+def anew(shape: str, repeats: int, choices: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The whole budget chosen anew at each step, from new gradients, so that nearly none stay."""
+    common.say("all anew")
+    model = common.bert(shape, dropout=0.0)
+    return [_pair(model, repeats, b, anew=True) | {"budget": b} for b in choices]
+
+
 def sizes(shape: str, repeats: int, layers: tuple[int, ...], budget: int) -> list[dict[str, Any]]:
     """How many scalars there are."""
     found = []
@@ -173,10 +184,11 @@ def _pair(
     fused: bool = False,
     rests: bool = False,
     alike: bool = False,
+    anew: bool = False,
 ) -> dict[str, Any]:
     gradients = common.Gradients(model)
     gradients.fresh()
-    tuner, step = selective(model, 0.5, budget, exp, fused, rests)
+    tuner, step = selective(model, 0.5, budget, exp, fused, rests, anew)
     fresh = None if alike else gradients.fresh
     times = common.interleaved({"read": read(model), "id3": step}, repeats, fresh)
     tuner.detach()
@@ -203,6 +215,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     if arguments.smoke:
         steps = [compared("tiny", d, n, True, 1000) for d in (torch.float32, torch.bfloat16)]
         exps, flat = exponents("tiny", n, 1000), budgets("tiny", n, (100, 1000))
+        whole = anew("tiny", n, (100, 1000))
         linear = sizes("tiny", n, (1, 2), 1000)
     else:
         steps = [
@@ -211,6 +224,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             compared("110M", torch.bfloat16, n, with_authors=False),
         ]
         exps, flat = exponents("110M", n), budgets("110M", n, BUDGETS)
+        whole = anew("110M", n, (*BUDGETS[:2], BUDGET, BUDGETS[2]))
         linear = sizes("350M", n, LAYERS, BUDGET)
     tables = [
         common.table(
@@ -238,6 +252,18 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             ],
         ),
         common.table(
+            "All of the budget chosen anew at each step (Repeat): time / one read",
+            ["budget", "/ read", "ms"],
+            [
+                [
+                    f"{f['budget']:,}",
+                    f"{f['to_read']:.2f}",
+                    f"{1000 * common.median(f['times']['id3']):.0f}",
+                ]
+                for f in whole
+            ],
+        ),
+        common.table(
             "Any size: time / one read",
             ["scalars", "/ read", "ms"],
             [
@@ -250,7 +276,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             ],
         ),
     ]
-    data = {"steps": steps, "exponents": exps, "budgets": flat, "sizes": linear}
+    data = {"steps": steps, "exponents": exps, "budgets": flat, "anew": whole, "sizes": linear}
     return common.finish("step", arguments, tables, data)
 
 
