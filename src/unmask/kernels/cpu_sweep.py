@@ -101,24 +101,21 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
     Loops over a block are kept free of branches so that they vectorise.
     """
     law, exp, eps, cut = task.law, np.float32(task.exp), np.float32(task.eps), np.float32(task.cut)
-    low, every, but, wanted = np.int32(task.low), task.every, task.but, task.wanted
+    every, but, wanted = task.every, task.but, task.wanted
     first = count  # that were found in whole blocks
     due = 2 * wanted  # when there may be many that others outdo
     kept, wide = np.uint64(task.kept), task.wide != 0
     # A block goes by gradients alone: beside a weight of 0 at exp >= 0, else beside the tensor's
     # largest, within `most`. Where that says little, which shows in `misses`, it goes by products
     # of gradients and weights for a while.
-    sinking = law == -1 or law == FALLING
-    how, most = (law, exp, eps, low, cut), np.int32(0)
+    falls = law == -1 or law == FALLING
+    how, most = (law, exp, eps, np.int32(task.low), cut), np.int32(0)
     look, misses, left = how, 0, 0
     k, at, seen, t = 0, start, -1, 0
     while at < stop:
-        block = at // BLOCK
-        skipped = -block % every
-        if skipped == 0 and but > 0 and block % but == 0:
-            skipped = every
-        if skipped > 0:
-            at = (block + skipped) * BLOCK
+        ahead = _next(at, every, but)
+        if ahead > at:
+            at = ahead
             continue
         while at >= table[k + 1, START]:
             k += 1
@@ -127,23 +124,20 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
         last = table[k, LAST]
         if seen != at or here == 0:
             t = first_from(kept, wide, table[k, FIRST], last, here + offset)
-        n = min((block + 1) * BLOCK, stop, table[k + 1, START]) - at
+        n = min((at // BLOCK + 1) * BLOCK, stop, table[k + 1, START]) - at
         g_at, g_half = np.uint64(table[k, GRAD]), table[k, GRAD_HALF] != 0
         t_at, t_half = np.uint64(table[k, THETA]), table[k, THETA_HALF] != 0
         source = g_at, g_half, t_at, t_half
         those, both = (kept, wide, t, last, offset), left > 0
-        if sinking and here == 0:
+        if falls and here == 0:
             most = np.int32(0)
-        stale = task.cut > cut or (sinking and here == 0)
+        stale = task.cut > cut or (falls and here == 0)
         while True:
             if stale:
                 cut = np.float32(task.cut)
-                best = eps + as_float(most) if sinking else eps
-                low = larger(np.int32(task.low), least_gradient(best, law, exp, cut))
-                how = law, exp, eps, low, cut
-                look = line(how, most) if law == FALLING else how
+                how, look = _judges(law, exp, eps, np.int32(task.low), cut, most)
             top, largest, many = _hits(source, here, n, both, look, those, True)
-            stale = sinking and largest > most
+            stale = falls and largest > most
             if not stale:
                 break
             most = larger(largest, as_bits(np.float32(1.25) * as_float(largest)))
@@ -173,6 +167,26 @@ def _sweep(task, table, into, out_index, out_theta, out_grad, start, stop, count
                 into[t] = add(into[t], read(g_at, g_half, index_at(kept, wide, t) - offset), g_half)
             t += 1
     return count, stop, -1
+
+
+@compiled
+def _next(at, every, but):  # type: ignore[no-untyped-def]
+    """Where the next block to look at begins, or `at` if it is in one."""
+    block = at // BLOCK
+    skipped = -block % every
+    if skipped == 0 and but > 0 and block % but == 0:
+        skipped = every
+    return (block + skipped) * BLOCK if skipped > 0 else at
+
+
+@compiled
+def _judges(law, exp, eps, low, cut, most):  # type: ignore[no-untyped-def]
+    """(how, look): the (law, exp, eps, low, cut) that single scalars are judged by, and another for
+    many at once that is no stricter, while no |θ| has bits above `most` if exp < 0."""
+    falls = law == -1 or law == FALLING
+    low = larger(low, least_gradient(eps + as_float(most) if falls else eps, law, exp, cut))
+    how = law, exp, eps, low, cut
+    return how, line(how, most) if law == FALLING else how
 
 
 @compiled
