@@ -320,14 +320,22 @@ def pieces(given: dict[str, Any], into: Tensor | None) -> list[select.Piece]:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("draw", [torch.randn, Tied.draw], ids=["distinct", "tied"])
-@pytest.mark.parametrize("count", [1, 40, 500])
+@pytest.mark.parametrize(("count", "crowd"), [(1, 900), (40, 900), (500, 900), (40, 1), (300, 1)])
 @pytest.mark.parametrize(("exp", "eps"), LAWS[2:5])
 def test_the_selection_is_plain_torchs(
-    exp: float, eps: float, count: int, draw: Callable[..., Tensor], monkeypatch: Any, plain: Any
+    exp: float,
+    eps: float,
+    count: int,
+    crowd: int,
+    draw: Callable[..., Tensor],
+    monkeypatch: Any,
+    plain: Any,
 ) -> None:
     given = problem((300, 0, 1, 128, 515), MIXED[:5], draw=draw)
     monkeypatch.setattr(select, "FEW", 64)  # several rounds, which overflow
     monkeypatch.setattr(select, "MANY", 8)
+    monkeypatch.setattr(select, "CROWD", crowd)  # from which on a sample of blocks foretells
+    monkeypatch.setattr(select, "SAMPLE", 3)
     monkeypatch.setattr(cuda, "ROOM", 1)
     found = []
     swept: list[int] = []
