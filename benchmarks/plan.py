@@ -42,6 +42,11 @@ def llama(width: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any
     return sizes | {"num_key_value_heads": heads // 4, "intermediate_size": 3 * width}
 
 
+def qwen3(width: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
+    """As Llama, with norms of queries and keys."""
+    return llama(width, layers, heads, vocabulary) | {"head_dim": width // heads}
+
+
 def gpt2(width: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
     return {"n_embd": width, "n_layer": layers, "n_head": heads, "vocab_size": vocabulary}
 
@@ -72,6 +77,7 @@ MODELS: dict[str, tuple[str, Sizes, tuple[int, int, int, int]]] = {
     "BERT 110M": ("bert", encoder, common.SHAPES["110M"]),
     "BERT tiny": ("bert", encoder, common.SHAPES["tiny"]),
     "Llama 40M": ("llama", llama, (512, 8, 8, 30_522)),
+    "Qwen3 40M": ("qwen3", qwen3, (512, 8, 8, 30_522)),
     "GPT-2 41M": ("gpt2", gpt2, (512, 8, 8, 30_522)),
     "DeBERTa-v2 41M": ("deberta-v2", deberta, (512, 8, 8, 30_522)),
     "T5 60M": ("t5", t5, (512, 6, 8, 30_522)),
@@ -83,9 +89,11 @@ CASES = [
     ("BERT 110M", "fp32", 2, 128, ("streaming",)),
     ("BERT 110M", "fp32", 1, 16, ("streaming", "lora")),
     ("Llama 40M", "bf16", 4, 256, ("streaming", "resting")),
+    ("Llama 40M", "fp32", 4, 256, ("streaming", "resting", "lora", "full")),
+    ("Qwen3 40M", "fp32", 4, 256, ("streaming", "lora")),
     ("GPT-2 41M", "fp32", 32, 64, ("lora",)),
     ("DeBERTa-v2 41M", "fp32", 4, 256, ("streaming",)),
-    ("T5 60M", "fp32", 4, 256, ("full",)),
+    ("T5 60M", "fp32", 4, 256, ("streaming", "lora", "full")),
     ("BART 46M", "fp32", 8, 128, ("streaming",)),
 ]
 

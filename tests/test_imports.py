@@ -38,6 +38,8 @@ ORDER = [
     "rows",
     "draft",
     "intake",
+    "hooks",
+    "products",
     "derivatives",
     "sampled",
     "processes",

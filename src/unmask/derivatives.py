@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmask.kernels.sampled import Entries, product, wider
+from unmask.products import factors
 from unmask.rows import TOKENS, look_up
 
 __all__ = ["RULES", "At", "Role"]
@@ -142,8 +143,13 @@ def mul(input: Any, other: Any) -> list[Role] | None:
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return None
     scale, x = (other, input) if other.dim() == 1 else (input, other)
-    same = scale.dim() == 1 < x.dim() and x.shape[-1:] == scale.shape
-    return [Role(scale, _scale, (x,))] if same and x.is_floating_point() else None
+    if scale.dim() != 1 or x.dim() == 1 or x.shape[-1:] != scale.shape or not x.is_floating_point():
+        return None
+    found = factors(x)
+    if found is None:
+        return [Role(scale, _scale, (x,))]
+    make, parts = found
+    return [Role(scale, lambda dy, at, *kept: _scale(dy, at, make(*kept)), parts)]
 
 
 def convolution(

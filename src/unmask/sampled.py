@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
 from unmask.derivatives import RULES, At, Role
 from unmask.errors import UnmaskError
+from unmask.hooks import Hook, transformed
 from unmask.intake import LATE, Intake
 from unmask.slots import Slots
 
@@ -73,7 +73,7 @@ class Sampler:
         return ends
 
     def _stand_in(self, module: nn.Module, own: Own) -> None:
-        if not torch.is_grad_enabled() or _transformed():
+        if not torch.is_grad_enabled() or transformed():
             return
         if not isinstance(module, nn.Embedding) and not self._settles():
             return
@@ -169,16 +169,6 @@ class _StandIn(Tensor):
         return _again(func, args, kwargs)
 
 
-def _transformed() -> bool:
-    """Whether torch is looking at the model's operations rather than running them."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
 def _checkpointed() -> bool:
     """Whether the module at work runs this part of its forward under `checkpoint`, which in
     backward runs it again by itself: then it meets parameters, and would have to find the same."""
@@ -270,31 +260,7 @@ class _Gate(torch.autograd.Function):
         return (None,) * (4 + len(leaves))
 
 
-class Hook:
-    """A module hook that stays behind when the module is copied or pickled."""
-
-    def __init__(self, call: Callable[[nn.Module, Any], None], own: Any) -> None:
-        self.call, self.own = call, own
-
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        self.call(module, self.own)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _nothing
-
-    def __reduce__(self) -> Any:
-        return _left_behind, ()
-
-
-def _nothing(*_: Any) -> None:
-    """What a copy has in place of a hook."""
-
-
-def _left_behind() -> Callable[..., None]:
-    return _nothing
-
-
-def _restore(module: nn.Module, own: Own) -> None:
+def _restore(module: nn.Module, own: Own, _: Any = None) -> None:
     for name, parameter, _ in own:
         if isinstance(module._parameters.get(name), _StandIn):
             module._parameters[name] = parameter

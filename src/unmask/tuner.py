@@ -17,10 +17,12 @@ from unmask.driver import Driver
 from unmask.eligible import Eligible, Patterns, find
 from unmask.errors import UnmaskError
 from unmask.fresh import random_parts
+from unmask.hooks import Hook
 from unmask.intake import Intake
 from unmask.methods import Method
 from unmask.processes import check_alike, check_unwrapped, check_whole
-from unmask.sampled import Hook, Sampler
+from unmask.products import watch as watch_products
+from unmask.sampled import Sampler
 from unmask.slots import Slots
 from unmask.slots import Values as Values
 from unmask.states import check_run
@@ -121,6 +123,7 @@ class Tuner:
         if intake.streaming:
             settles = self._settled if intake.sampled else None
             self._undo += Sampler(self.slots, intake, settles).watch(model)
+            self._undo += watch_products(model, eligible.tensors)
         try:
             if not chosen:
                 self._calibrate(calibration)

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from unmask import products
+
 aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten._index_put_impl_.default)
 GROUPED = [getattr(o, n) for o, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(o, n)]
@@ -28,6 +30,7 @@ SAMPLED = (
     Tensor.matmul, Tensor.__matmul__, torch.mul, Tensor.mul, torch.conv1d, torch.conv2d,
     torch.conv3d,
 )  # fmt: skip
+SCALING = (torch.mul, Tensor.mul)
 
 TOKENS = 2  # a look-up's gradient streams by rows if there are so many times as many as tokens
 
@@ -122,8 +125,17 @@ class Fused(TorchFunctionMode):
             return x.detach() if id(x) in self.sampled else x
 
         out = func(*tree_map(detached, args), **tree_map(detached, given))
-        kept = [x.detach() for x in tensors if id(x) not in self.sampled]
+        others = [x for x in tensors if id(x) not in self.sampled]
+        if func in SCALING:
+            others = [part for x in others for part in _parts(x)]
+        kept = [x.detach() for x in others]
         return _Sampled.apply(out, kept, *own)  # type: ignore[no-untyped-call]
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """What is kept for a scaling: of a product its factors, which are kept anyway."""
+    found = products.factors(x)
+    return (x,) if found is None else found[1]
 
 
 class _Attention(torch.autograd.Function):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unmask import products
 from unmask.errors import UnmaskError
 from unmask.methods import Method
 from unmask.recipes import plan_model
@@ -120,6 +121,8 @@ class Step:
         # Twice: in a second step the optimiser's state is there from the start.
         answers = Answers()  # type: ignore[no-untyped-call]
         rests, streams = self.rests, self.mode in ("streaming", "sampled")
+        if streams:
+            products.watch(self.model, self.chosen)
         how = self.chosen if rests else (), self.chosen if streams and not rests else ()
         with meter, answers, Fused(self.device, *how):
             optimizer = self._optimizer()

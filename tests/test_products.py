@@ -1,0 +1,285 @@
+"""Products that backward makes again: not kept, the same bits, and nobody else's business."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+import unmask
+from lockstep import assert_same_state, chosen, same_bits, same_tree, snapshot
+from models import seeded
+from unmask import products
+
+WIDTH = 16
+Form = Callable[["Norm", Tensor, Tensor], Tensor]
+
+
+def size(x: Tensor) -> Tensor:
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+
+
+# A norm's end: from x and its scale to the output. Each saves the product by `self.of`.
+FORMS: dict[str, Form] = {
+    "llama": lambda norm, x, r: norm.weight * norm.of(x.float() * r, x.dtype),
+    "behind": lambda norm, x, r: norm.of(x * r, x.dtype) * norm.weight,
+    "gemma": lambda norm, x, r: (
+        norm.of(x.float() * r, torch.float32) * (1.0 + norm.weight.float())
+    ).to(x.dtype),
+    "olmo": lambda norm, x, r: (
+        norm.weight * norm.of(x.to(torch.float32) * r, torch.float32)
+    ).type_as(x),
+    "quotient": lambda norm, x, r: norm.weight * norm.of(x / (1 / r), x.dtype) + norm.bias,
+    "in place": lambda norm, x, r: norm.weight * norm.of((1 * x).mul_(r.to(x.dtype)), x.dtype),
+    "reshaped": lambda norm, x, r: (
+        norm.weight.view(1, -1) * norm.of(x * r, x.dtype) + norm.bias[None]
+    ),
+}
+# What can't be, or needn't.
+OTHERS: dict[str, Form] = {
+    "a constant's": lambda norm, x, r: norm.weight * norm.of(x * r.detach(), x.dtype),
+    "a sum": lambda norm, x, r: norm.weight * norm.of(x + r, x.dtype),
+    "two vectors": lambda norm, x, r: norm.weight * norm.bias * norm.of(x * r, x.dtype),
+    "no scaling": lambda norm, x, r: norm.of(x * r, x.dtype) + norm.weight,
+    "a view": lambda norm, x, r: norm.weight * norm.of((x * r).view(-1, WIDTH), x.dtype),
+}
+
+
+class Norm(nn.Module):
+    """Ends in one of these forms, and knows whether its product is still there."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(WIDTH))
+        if form in ("quotient", "reshaped", "two vectors"):
+            self.bias = nn.Parameter(0.1 * torch.randn(WIDTH))
+        self.form = form
+        self.product: Any = None
+        self.watched = False
+
+    def of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)
+        if self.watched:
+            self.product = StorageWeakRef(x.untyped_storage())
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (FORMS | OTHERS)[self.form](self, x, size(x))
+
+
+class Model(nn.Module):
+    def __init__(self, form: str, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(6, WIDTH), Norm(form)
+        self.last = nn.Linear(WIDTH, 3)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).reshape(len(x), -1, WIDTH)).square().mean()
+
+
+def keeps(model: Model, x: Tensor) -> bool:
+    """Whether a forward pass keeps the norm's product for backward, which is run, too."""
+    model.norm.watched = True
+    loss = model(x)
+    kept = not model.norm.product.expired()
+    model.norm.watched = False
+    loss.backward()
+    return kept
+
+
+def inputs(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(4, 5, 6, generator=seeded(step)).to(dtype)
+
+
+def attached(model: nn.Module, gradients: str = "streaming", **how: Any) -> unmask.Tuner:
+    return unmask.attach(model, unmask.id3(40, exp=-2, **how), steps=4, gradients=gradients)
+
+
+def trained(
+    form: str, gradients: str, dtype: torch.dtype, schedule: unmask.Schedule
+) -> tuple[Any, ...]:
+    model = Model(form, dtype)
+    tuner = attached(model, gradients, schedule=schedule)
+    optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
+    for step in range(4):
+        model(inputs(step, dtype)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return chosen(tuner), snapshot(model), optimizer.state_dict()
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+
+
+@DTYPES
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_not_kept(form: str, dtype: torch.dtype) -> None:
+    """As long as a tuner that streams is on the model."""
+    model, x = Model(form, dtype), inputs(0, dtype)
+    for gradients, kept in (("dense", True), ("streaming", False), ("sampled", False)):
+        tuner = attached(model, gradients)
+        assert keeps(model, x) == kept, gradients
+        tuner.detach()
+        assert keeps(model, x)
+
+
+@DTYPES
+@pytest.mark.parametrize("form", [*FORMS, *OTHERS])
+def test_it_is_the_dense_mode(form: str, dtype: torch.dtype) -> None:
+    dense, streaming = (
+        trained(form, mode, dtype, unmask.Uniform()) for mode in ("dense", "streaming")
+    )
+    assert dense[0] == streaming[0]
+    assert any(name.startswith("norm") for name in dense[0])
+    assert_same_state(dense[1], streaming[1])
+    assert same_tree(dense[2], streaming[2])
+
+
+@pytest.mark.parametrize("form", [*FORMS, *OTHERS])
+def test_between_selections(form: str) -> None:
+    """Rounding apart, as sums are taken in another order there."""
+    every = unmask.Strided(every=2)
+    dense, sampled = (trained(form, mode, torch.float32, every) for mode in ("dense", "sampled"))
+    assert dense[0] == sampled[0]
+    for name, tensor in dense[1].items():
+        torch.testing.assert_close(sampled[1][name], tensor)
+
+
+@pytest.mark.parametrize("form", ["llama", "gemma", "olmo", "behind", "in place"])
+def test_it_is_not_kept_between_selections(form: str) -> None:
+    model = Model(form)
+    tuner = attached(model, "sampled", schedule=unmask.Strided(every=4))
+    optimizer = tuner.optimizer(torch.optim.SGD, lr=1e-2)
+    model(inputs(0)).backward()
+    optimizer.step()
+    assert "norm.weight" in tuner.selected()
+    assert not keeps(model, inputs(1))
+
+
+def gradients_of(model: Model, run: Callable[[Model], Tensor], second: bool) -> list[Tensor]:
+    wanted = [*model.parameters()]
+    loss = run(model)
+    found = torch.autograd.grad(loss, wanted, create_graph=second, retain_graph=True)
+    again = torch.autograd.grad(loss, wanted, create_graph=second)
+    assert all(map(same_bits, found, again))
+    if second:
+        found += torch.autograd.grad(sum(g.square().sum() for g in found), wanted)
+    return list(found)
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.model(x)
+
+
+def offloaded(model: Model) -> Tensor:
+    with save_on_cpu():
+        return model(inputs(0))
+
+
+def marked(model: Model) -> Tensor:
+    with saved_tensors_hooks(lambda x: (x, 1), lambda pair: pair[0]):
+        return model(inputs(0))
+
+
+RUNS: dict[str, Callable[[Model], Tensor]] = {
+    "plain": lambda model: model(inputs(0)),
+    "checkpoint": lambda model: checkpoint(model, inputs(0), use_reentrant=False),
+    "offloaded": offloaded,
+    "marked": marked,
+    "twice": lambda model: model(inputs(0)) + model(inputs(1)),
+    "a copy": lambda model: torch.func.functional_call(
+        model, dict(model.named_parameters()), inputs(0)
+    ),
+    "within another": lambda model: Doubled(model)(inputs(0)),
+}
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_asked_for_are_the_plain_model_s(form: str, run: str, second: bool) -> None:
+    """To any order, as often as asked, whoever else sees to what autograd keeps."""
+    plain, model = Model(form), Model(form)
+    attached(model)
+    expected, found = (gradients_of(m, RUNS[run], second) for m in (plain, model))
+    assert all(map(same_bits, expected, found))
+
+
+def test_an_offload_has_what_it_had() -> None:
+    """All that a plain model would have given it."""
+
+    def count(model: Model) -> int:
+        seen = []
+        with saved_tensors_hooks(lambda x: (seen.append(x.shape), x)[1], lambda x: x):
+            model(inputs(0))
+        return len(seen)
+
+    plain, model = Model("llama"), Model("llama")
+    attached(model)
+    assert count(plain) == count(model)
+
+
+def test_the_transforms_of_torch() -> None:
+    plain, model = Model("llama"), Model("llama")
+    attached(model)
+    found = []
+    for m in (plain, model):
+        values = {name: p.detach() for name, p in m.named_parameters()}
+
+        def loss(values: dict[str, Tensor], x: Tensor, m: Model = m) -> Tensor:
+            return torch.func.functional_call(m, values, (x[None],))
+
+        found.append(torch.func.vmap(torch.func.grad(loss), (None, 0))(values, inputs(0)))
+    for name, gradient in found[0].items():
+        assert same_bits(gradient, found[1][name])
+
+
+def test_compiled() -> None:
+    plain, model = Model("llama"), Model("llama")
+    attached(model)
+    found = []
+    for m in (plain, model):
+        torch._dynamo.reset()
+        compiled = torch.compile(m, backend="aot_eager", fullgraph=m is plain)
+        found.append(torch.autograd.grad(compiled(inputs(0)), [*m.parameters()]))
+    assert all(map(same_bits, *found))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_keep_theirs(copied: Callable[[Model], Model]) -> None:
+    model = Model("llama")
+    attached(model)
+    other = copied(model)
+    assert keeps(other, inputs(0))
+
+
+def test_what_is_written_over_is_noticed() -> None:
+    """As autograd does: a factor changed in place before backward."""
+    model = Model("llama")
+    attached(model)
+    model.first.register_forward_hook(lambda _, __, out: setattr(model, "out", out))
+    loss = model(inputs(0))
+    with torch.no_grad():
+        model.out.add_(1)  # type: ignore[union-attr, operator]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_frozen_vectors_need_nothing() -> None:
+    model = Model("llama")
+    unmask.attach(model, unmask.id3(40), steps=4, gradients="streaming", exclude="norm*")
+    assert not keeps(model, inputs(0))
+    assert not products.watch(model, [model.first.weight])
