@@ -29,11 +29,23 @@ PATCHES = 1 << 22  # numbers that a convolution's input is unfolded into at once
 
 
 class At:
-    """Sorted flat indices in a tensor of this shape, and the views of them that rules ask for."""
+    """Sorted flat indices in a tensor of this shape, and the views of them that rules ask for.
 
-    def __init__(self, flat: Tensor, shape: Sequence[int]) -> None:
-        self.flat, self.shape = flat, tuple(shape)
+    index  the indices, counted from `first` on
+    """
+
+    def __init__(self, index: Tensor, shape: Sequence[int], first: int = 0) -> None:
+        self.shape = tuple(shape)
+        self._index, self._first = index, first
         self._grouped: dict[int, Entries] = {}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def flat(self) -> Tensor:
+        """The indices, int64; not held, as a vector has few and a matrix's rules take entries."""
+        return self._index.long() - self._first
 
     @cached_property
     def entries(self) -> Entries:
@@ -44,8 +56,9 @@ class At:
         """As `entries`; columns count on from group to group of a grouped convolution's rows."""
         if groups not in self._grouped:
             height, width = self.shape[0], math.prod(self.shape[1:])
-            rows = self.flat // width
-            columns = self.flat % width + rows // (height // groups) * width
+            flat = self.flat
+            rows = flat // width
+            columns = flat % width + rows // (height // groups) * width
             self._grouped[groups] = Entries(rows.int(), columns.int(), (height, width * groups))
         return self._grouped[groups]
 
@@ -211,7 +224,7 @@ def _columns(dy: Tensor, at: At, x: Tensor) -> Tensor:
 
 def _picked(x: Tensor, at: At) -> tuple[Tensor, Tensor | slice]:
     """The matrix's columns at these places, or all of them and which to take from their sums."""
-    few = len(at.flat) * FEW < x.shape[1]
+    few = len(at) * FEW < x.shape[1]
     return (x[:, at.flat], slice(None)) if few else (x, at.flat)
 
 
@@ -271,7 +284,7 @@ def _patchwise(
     sample, channel, *steps = x.stride()
     within = [s * d for s, d in zip(steps, dilation, strict=True)]
     between = [s * d for s, d in zip(steps, stride, strict=True)]
-    total = wider(dy.new_zeros(len(at.flat)))
+    total = wider(dy.new_zeros(len(at)))
     for some, d in zip(x.split(size), dy.split(size), strict=True):
         # (channel, place in the kernel) by (sample, place of the kernel)
         unfolded = some.as_strided(

@@ -128,8 +128,8 @@ class Sampler:
             eligible, table = self._slots.eligible, {}
             for k, start, stop in eligible.split(index):
                 tensor = eligible.tensors[k]
-                flat = (index[start:stop] - eligible.offsets[k]).to(tensor.device, torch.int64)
-                table[k] = At(flat, tensor.shape)
+                here = index[start:stop].to(tensor.device)
+                table[k] = At(here, tensor.shape, eligible.offsets[k])
             self._table = (index, table)
         return self._table[1]
 

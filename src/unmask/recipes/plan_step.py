@@ -29,6 +29,7 @@ SLOT = 4 + 4 + 4 + 4 + 4
 # What a step adds while it lasts, as measured: for each slot its gradient in the making; for each
 # scalar that it chooses the candidates, twice as many, and their sorting.
 MAKING, CANDIDATE = 4, 56
+ENTRY = 8  # of a slot for steps that choose nothing: its row and column
 WORKSPACE = 1 << 20  # blocks of scores in the making, however large the model
 TOGETHER = 1 << 23  # bytes of gradients that wait for each other, with `streaming`
 
@@ -173,7 +174,7 @@ class Step:
     def _vector(self) -> nn.Parameter:
         with self.meter.making("selection"):
             values = nn.Parameter(torch.empty(self.budget, device="meta"))
-            self._held = [_bytes(SLOT - 8, self.budget), values]
+            self._held = [_bytes(SLOT - 8 + ENTRY * self.rests, self.budget), values]
             self._held += [torch.empty_like(p) for p in self.full]  # their base, to go back to
         return values
 
