@@ -33,7 +33,7 @@ def watch(model: nn.Module, vectors: Collection[Tensor]) -> list[Callable[[], No
     for module in model.modules():
         own = wanted & set(map(id, module._parameters.values()))
         if own and not type(module).__module__.startswith("torch.nn."):  # those keep none
-            ends.append(module.register_forward_hook(Hook(_spare, own)).remove)
+            ends.append(module.register_forward_hook(Hook(_spare, None)).remove)
     return ends
 
 
@@ -45,7 +45,7 @@ def factors(x: Tensor) -> tuple[Made, tuple[Tensor, Tensor]] | None:
     return partial(_make, product.name(), x.dtype), (product._saved_self, product._saved_other)
 
 
-def _spare(_: nn.Module, own: set[int], output: Any) -> None:
+def _spare(_: nn.Module, __: None, output: Any) -> None:
     """Find the scaling that the output ends with; have it keep how its other operand is made."""
     node: Any = output.grad_fn if isinstance(output, Tensor) and not transformed() else None
     for _step in BEHIND:
@@ -53,11 +53,11 @@ def _spare(_: nn.Module, own: set[int], output: Any) -> None:
             node = node.next_functions[0][0]
     if node is None or node.name() != SCALING:
         return
-    edges = [edge for edge, _ in node.next_functions]
-    for place, (edge, other) in enumerate(zip(edges, edges[::-1], strict=True)):
-        product = _product(edge)
-        if product is not None and id(_origin(other)) in own:
-            _forget(node._raw_saved_other if place else node._raw_saved_self, product)
+    left, right = (_product(edge) for edge, _ in node.next_functions)
+    if left is not None:
+        _forget(node._raw_saved_self, left)
+    if right is not None:
+        _forget(node._raw_saved_other, right)
 
 
 def _forget(saved: Any, product: Any) -> None:
@@ -85,11 +85,3 @@ def _product(node: Any) -> Any:
     if node is None or node.name() not in MAKING:
         return None
     return node if all(edge is not None for edge, _ in node.next_functions) else None
-
-
-def _origin(node: Any) -> Any:
-    """The parameter that alone this node's output follows from, step by step; or None."""
-    while node is not None and not hasattr(node, "variable"):
-        edges = [edge for edge, _ in node.next_functions if edge is not None]
-        node = edges[0] if len(edges) == 1 else None
-    return None if node is None else node.variable
