@@ -185,6 +185,18 @@ def test_other_architectures(config):
     assert "lora" in found
 
 
+def test_norms_of_a_model_s_own_keep_no_product():
+    """Where gradients stream, and between selections; full fine-tuning and dense gradients do."""
+    config = transformers.LlamaConfig(vocab_size=200, num_key_value_heads=2, **LARGER)
+    found = rows(config, sequence_length=64)
+    products = 2 * 2 * 4 * 64 * 512 * 4  # layers, norms, rows, tokens, width, bytes
+    assert found["full"].activations == found["dense"].activations
+    assert found["dense"].activations - found["streaming"].activations == products
+    size = {"budget": 2000, "batch_size": 4, "sequence_length": 64}
+    resting = plan(config, **size, settings={"schedule.every": "10"}).resting
+    assert resting <= found["streaming"].peak
+
+
 def test_what_is_known_of_the_modes_is_so():
     assert set(SAMPLED) == set(derivatives.RULES)
     assert (TOGETHER, TOKENS) == (intake.TOGETHER, table_rows.TOKENS)
