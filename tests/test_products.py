@@ -278,8 +278,11 @@ def test_what_is_written_over_is_noticed() -> None:
         loss.backward()
 
 
-def test_frozen_vectors_need_nothing() -> None:
+def test_only_modules_with_such_a_vector_are_watched() -> None:
+    """Not those whose vectors aren't chosen from, nor PyTorch's own."""
     model = Model("llama")
-    unmask.attach(model, unmask.id3(40), steps=4, gradients="streaming", exclude="norm*")
-    assert not keeps(model, inputs(0))
-    assert not products.watch(model, [model.first.weight])
+    assert len(products.watch(model, [*model.parameters()])) == 1
+    assert not products.watch(model, [model.first.weight, model.first.bias])
+    tuner = unmask.attach(model, unmask.id3(40), steps=4, gradients="streaming", exclude="norm*")
+    assert len(model.norm._forward_hooks) == 1  # of the first line
+    tuner.detach()

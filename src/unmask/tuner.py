@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unmask import products
 from unmask.course import Course
 from unmask.delta import Delta, Sparse, fingerprint
 from unmask.draft import Draft
@@ -21,7 +22,6 @@ from unmask.hooks import Hook
 from unmask.intake import Intake
 from unmask.methods import Method
 from unmask.processes import check_alike, check_unwrapped, check_whole
-from unmask.products import watch as watch_products
 from unmask.sampled import Sampler
 from unmask.slots import Slots
 from unmask.slots import Values as Values
@@ -123,7 +123,7 @@ class Tuner:
         if intake.streaming:
             settles = self._settled if intake.sampled else None
             self._undo += Sampler(self.slots, intake, settles).watch(model)
-            self._undo += watch_products(model, eligible.tensors)
+            self._undo += products.watch(model, eligible.tensors)
         try:
             if not chosen:
                 self._calibrate(calibration)
