@@ -82,7 +82,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Ro
     """dW[o, i] = Σ_t dY[t, o]·X[t, i]; db[o] = Σ_t dY[t, o]."""
     if weight.dim() != 2 or (bias is not None and bias.dim() != 1):
         return None
-    return [Role(weight, _rows, (input,)), Role(bias, _sum)]
+    return [_made_of(weight, _rows, input), Role(bias, _sum)]
 
 
 def addmm(
@@ -91,12 +91,12 @@ def addmm(
     """X·W + b, as in GPT-2's Conv1D: dW[i, o] = Σ_t X[t, i]·dY[t, o]."""
     if beta != 1 or alpha != 1 or input.dim() != 1 or len(input) != mat2.shape[1]:
         return None
-    return [Role(mat2, _columns, (mat1,)), Role(input, _sum)]
+    return [_made_of(mat2, _columns, mat1), Role(input, _sum)]
 
 
 def matmul(input: Tensor, other: Tensor) -> list[Role] | None:
     """X·W with a matrix W."""
-    return [Role(other, _columns, (input,))] if other.dim() == 2 and input.dim() > 1 else None
+    return [_made_of(other, _columns, input)] if other.dim() == 2 and input.dim() > 1 else None
 
 
 def embedding(
@@ -158,11 +158,7 @@ def mul(input: Any, other: Any) -> list[Role] | None:
     scale, x = (other, input) if other.dim() == 1 else (input, other)
     if scale.dim() != 1 or x.dim() == 1 or x.shape[-1:] != scale.shape or not x.is_floating_point():
         return None
-    found = factors(x)
-    if found is None:
-        return [Role(scale, _scale, (x,))]
-    make, parts = found
-    return [Role(scale, lambda dy, at, *kept: _scale(dy, at, make(*kept)), parts)]
+    return [_made_of(scale, _scale, x)]
 
 
 def convolution(
@@ -189,6 +185,7 @@ def convolution(
         x = F.pad(x, [p for pad in reversed(pads) for p in pad])
         return _patchwise(dy, at, x, stride, dilation, groups)
 
+    # Autograd keeps the input, whatever it is and for whichever gradient.
     return [Role(weight, gradient, (input,)), Role(bias, _channel_sum)]
 
 
@@ -208,6 +205,15 @@ RULES: Mapping[Callable[..., Any], Rule] = {
     torch.conv2d: convolution,
     torch.conv3d: convolution,
 }
+
+
+def _made_of(operand: Any, gradient: Callable[..., Tensor], x: Tensor) -> Role:
+    """The operand's role, if its gradient needs x: kept, or made again from what is kept anyway."""
+    found = factors(x)
+    if found is None:
+        return Role(operand, gradient, (x,))
+    make, parts = found
+    return Role(operand, lambda dy, at, *kept: gradient(dy, at, make(*kept)), parts)
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -1,87 +1,127 @@
-"""Products that autograd would keep for a vector's gradient, computed again in backward instead.
+"""Products that autograd would keep for a parameter's gradient, computed again in backward instead.
 
-A norm that a model brings itself ends in `weight * x̂`. For the weight's gradient autograd keeps x̂,
-as large as the activations, though it is a product (or a quotient) whose factors are kept already,
-for gradients of their own. So backward takes it from those once more: the same bits.
+A norm that a model brings itself ends in `weight * x̂`, a gated layer in `act(gate) @ weight` with
+`act * gate`. For the weight's gradient autograd keeps that operand, as large as the activations,
+though it is a product (or a quotient) whose factors are kept already, for gradients of their own.
+So backward takes it from those once more: the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from unmask.hooks import Hook, transformed
 
-__all__ = ["Made", "factors", "watch"]
+__all__ = ["factors", "watch"]
 
-Made = Callable[[Tensor, Tensor], Tensor]
+MAKING: dict[str, Callable[..., Tensor]] = {"MulBackward0": torch.mul, "DivBackward0": torch.div}
+# What keeps an operand for a gradient in the other: where it is, and which edge leads to it.
+KEEPING: dict[str, tuple[tuple[str, int], ...]] = {
+    "MulBackward0": (("_raw_saved_self", 0), ("_raw_saved_other", 1)),
+    "MmBackward0": (("_raw_saved_self", 0),),
+    "AddmmBackward0": (("_raw_saved_mat1", 1),),
+    "ConvolutionBackward0": (("_raw_saved_input", 0),),
+}
+CAST, VIEW = "ToCopyBackward0", "ViewBackward0"
+BEHIND = ("AddBackward0", CAST, VIEW, "UnsafeViewBackward0")  # between such a node and the output
 
-MAKING: dict[str, Made] = {"MulBackward0": torch.mul, "DivBackward0": torch.div}
-SCALING, CAST = "MulBackward0", "ToCopyBackward0"
-BEHIND = ("AddBackward0", CAST)  # what may come between a scaling and its module's output
+
+class _Like(NamedTuple):
+    """What is kept in a product's place."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Like:
+        return cls(tensor.shape, tensor.dtype, tensor.device)
+
+    def make(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        with torch.no_grad():
+            return MAKING[name](left, right).to(self.device, self.dtype).reshape(self.shape)
 
 
-def watch(model: nn.Module, vectors: Collection[Tensor]) -> list[Callable[[], None]]:
-    """Have modules keep no product for the gradients of these vectors of theirs, where its factors
-    are kept; returns what ends that."""
-    wanted = {id(vector) for vector in vectors if vector.dim() == 1}
+def watch(model: nn.Module, tensors: Collection[Tensor]) -> list[Callable[[], None]]:
+    """Have modules keep no product for the gradients of these parameters of theirs, where its
+    factors are kept; returns what ends that."""
+    wanted = set(map(id, tensors))
     ends = []
     for module in model.modules():
         own = wanted & set(map(id, module._parameters.values()))
-        if own and not type(module).__module__.startswith("torch.nn."):  # those keep none
-            ends.append(module.register_forward_hook(Hook(_spare, None)).remove)
+        # PyTorch's own norms and embeddings keep none.
+        foreign = not type(module).__module__.startswith("torch.nn.")
+        if own and (foreign or isinstance(module, nn.Linear | _ConvNd)):
+            ends.append(_look(module))
     return ends
 
 
-def factors(x: Tensor) -> tuple[Made, tuple[Tensor, Tensor]] | None:
+def factors(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
     """How x is computed again, and from what, if autograd keeps that anyway."""
     product = _product(x.grad_fn)
     if product is None:
         return None
-    return partial(_make, product.name(), x.dtype), (product._saved_self, product._saved_other)
+    like, name = _Like.of(x), product.name()
+    return lambda *kept: like.make(name, *kept), (product._saved_self, product._saved_other)
 
 
-def _spare(_: nn.Module, __: None, output: Any) -> None:
-    """Find the scaling that the output ends with; have it keep how its other operand is made."""
-    node: Any = output.grad_fn if isinstance(output, Tensor) and not transformed() else None
+def _look(module: nn.Module) -> Callable[[], None]:
+    """Look at this module's outputs, until one shows that there is no product in it."""
+
+    def spare(_: nn.Module, __: None, output: Any) -> None:
+        if isinstance(output, Tensor) and not transformed() and _spare(output.grad_fn) is False:
+            handle.remove()
+
+    handle = module.register_forward_hook(Hook(spare, None))
+    return handle.remove
+
+
+def _spare(node: Any) -> bool | None:
+    """Have the operation that an output ends with keep how its operands are made: whether there
+    are such operands; None if it is no operation that would."""
     for _step in BEHIND:
-        if node is not None and node.name() in BEHIND:
-            node = node.next_functions[0][0]
-    if node is None or node.name() != SCALING:
-        return
-    left, right = (_product(edge) for edge, _ in node.next_functions)
-    if left is not None:
-        _forget(node._raw_saved_self, left)
-    if right is not None:
-        _forget(node._raw_saved_other, right)
+        if node is None or node.name() not in BEHIND:
+            break
+        node = node.next_functions[0][0]
+    if node is None or node.name() not in KEEPING:
+        return None
+    found = False
+    for place, edge in KEEPING[node.name()]:
+        product = _product(node.next_functions[edge][0])
+        if product is not None:
+            _forget(getattr(node, place), product)
+            found = True
+    return found
 
 
 def _forget(saved: Any, product: Any) -> None:
-    """Keep the product's dtype in its place."""
+    """Keep in the product's place what it is like."""
 
-    def again(dtype: torch.dtype) -> Tensor:
-        return _make(product.name(), dtype, product._saved_self, product._saved_other)
+    def again(like: _Like) -> Tensor:
+        return like.make(product.name(), product._saved_self, product._saved_other)
 
     try:
-        saved.register_hooks(lambda tensor: tensor.dtype, again)
+        saved.register_hooks(_Like.of, again)
     except RuntimeError:
         """Others see to what is saved here already: a checkpoint, an offload to other memory."""
 
 
-def _make(name: str, dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
-    with torch.no_grad():
-        return MAKING[name](left, right).to(dtype)
-
-
 def _product(node: Any) -> Any:
-    """The product with gradients in both factors, which keeps both, that this node gives or casts;
-    None if there is none."""
-    if node is not None and node.name() == CAST:
-        node = node.next_functions[0][0]
+    """The product with gradients in both factors, which keeps both, that this node gives, casts or
+    views; None if there is none. A factor that is repeated over dimensions that it doesn't have
+    scales what may be a product itself: that isn't one of two kept tensors."""
+    for passed in (VIEW, CAST, VIEW):
+        if node is not None and node.name() == passed:
+            node = node.next_functions[0][0]
     if node is None or node.name() not in MAKING:
         return None
-    return node if all(edge is not None for edge, _ in node.next_functions) else None
+    if any(edge is None for edge, _ in node.next_functions):
+        return None
+    dimensions = len(node._input_metadata[0].shape)
+    like = all(len(e._input_metadata[n].shape) == dimensions for e, n in node.next_functions)
+    return node if like else None

@@ -30,7 +30,8 @@ SAMPLED = (
     Tensor.matmul, Tensor.__matmul__, torch.mul, Tensor.mul, torch.conv1d, torch.conv2d,
     torch.conv3d,
 )  # fmt: skip
-SCALING = (torch.mul, Tensor.mul)
+# Of these, the ones that keep their input themselves.
+KEEPING = (F.layer_norm, F.rms_norm, torch.conv1d, torch.conv2d, torch.conv3d)
 
 TOKENS = 2  # a look-up's gradient streams by rows if there are so many times as many as tokens
 
@@ -126,14 +127,14 @@ class Fused(TorchFunctionMode):
 
         out = func(*tree_map(detached, args), **tree_map(detached, given))
         others = [x for x in tensors if id(x) not in self.sampled]
-        if func in SCALING:
+        if func not in KEEPING:
             others = [part for x in others for part in _parts(x)]
         kept = [x.detach() for x in others]
         return _Sampled.apply(out, kept, *own)  # type: ignore[no-untyped-call]
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    """What is kept for a scaling: of a product its factors, which are kept anyway."""
+    """What is kept of an operand: of a product its factors, which are kept anyway."""
     found = products.factors(x)
     return (x,) if found is None else found[1]
 
