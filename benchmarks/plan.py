@@ -47,6 +47,11 @@ def qwen3(width: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any
     return llama(width, layers, heads, vocabulary) | {"head_dim": width // heads}
 
 
+def mixtral(width: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
+    """As Llama, with four experts, of which each token takes two."""
+    return llama(width, layers, heads, vocabulary) | {"num_local_experts": 4}
+
+
 def gpt2(width: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
     return {"n_embd": width, "n_layer": layers, "n_head": heads, "vocab_size": vocabulary}
 
@@ -77,6 +82,7 @@ MODELS: dict[str, tuple[str, Sizes, tuple[int, int, int, int]]] = {
     "BERT 110M": ("bert", encoder, common.SHAPES["110M"]),
     "BERT tiny": ("bert", encoder, common.SHAPES["tiny"]),
     "Llama 40M": ("llama", llama, (512, 8, 8, 30_522)),
+    "Mixtral 56M": ("mixtral", mixtral, (512, 4, 8, 30_522)),
     "Qwen3 40M": ("qwen3", qwen3, (512, 8, 8, 30_522)),
     "GPT-2 41M": ("gpt2", gpt2, (512, 8, 8, 30_522)),
     "DeBERTa-v2 41M": ("deberta-v2", deberta, (512, 8, 8, 30_522)),
@@ -91,10 +97,11 @@ CASES = [
     ("Llama 40M", "bf16", 4, 256, ("streaming", "resting")),
     ("Llama 40M", "fp32", 4, 256, ("streaming", "resting", "lora", "full")),
     ("Qwen3 40M", "fp32", 4, 256, ("streaming", "lora")),
-    ("GPT-2 41M", "fp32", 32, 64, ("lora",)),
+    ("GPT-2 41M", "fp32", 32, 64, ("streaming", "lora")),
     ("DeBERTa-v2 41M", "fp32", 4, 256, ("streaming",)),
     ("T5 60M", "fp32", 4, 256, ("streaming", "lora", "full")),
     ("BART 46M", "fp32", 8, 128, ("streaming",)),
+    ("Mixtral 56M", "fp32", 4, 256, ("streaming", "lora")),
 ]
 
 

@@ -199,6 +199,19 @@ def test_products_are_not_kept():
     assert resting <= found["streaming"].peak
 
 
+def test_experts():
+    """LoRA leaves them alone, so nothing is kept for their gradients; streaming keeps one half of
+    their own inputs, the product that enters the second matrix left out."""
+    config = transformers.MixtralConfig(
+        vocab_size=200, num_key_value_heads=2, num_local_experts=2, **LARGER
+    )
+    found = rows(config, sequence_length=64)
+    routed = 2 * 4 * 64  # to two experts each
+    outer, inner = routed * 512 * 4, routed * LARGER["intermediate_size"] * 4
+    assert found["full"].activations - found["lora"].activations >= 2 * (outer + inner)
+    assert found["dense"].activations - found["streaming"].activations >= inner
+
+
 def test_what_is_known_of_the_modes_is_so():
     assert set(SAMPLED) == set(derivatives.RULES)
     assert (TOGETHER, TOKENS) == (intake.TOGETHER, table_rows.TOKENS)

@@ -80,6 +80,7 @@ OTHER_GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
         lambda gate, a, u: gate.of((a.sigmoid() * u).to(torch.float16), u.dtype),
     ),
 }
+EXPERTS = ["experts", "experts with a bias"]
 FORMS = [*NORMS, *GATES]
 OTHERS = [*OTHER_NORMS, *OTHER_GATES]
 
@@ -154,12 +155,39 @@ class Gate(Part):
         return self.matrix(enter(self, *self.halves(x).chunk(2, -1)))  # type: ignore[no-any-return]
 
 
+class Experts(Part):
+    """Two, that each take half of the rows, as transformers has them multiplied."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(form)
+        self.halves = nn.Parameter(torch.randn(2, 2 * WIDTH, WIDTH))
+        self.matrices = nn.Parameter(4 * torch.randn(2, WIDTH, WIDTH))
+        if form == "experts with a bias":
+            self.bias = nn.Parameter(torch.randn(2, WIDTH))
+
+    def grouped(self, x: Tensor, matrices: Tensor) -> Tensor:
+        ends = torch.tensor([len(x) // 2, len(x)], dtype=torch.int32)
+        return nn.functional.grouped_mm(x, matrices.transpose(1, 2), offs=ends)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        twice = torch.arange(len(rows)).repeat(2)
+        a, u = self.grouped(rows[twice], self.halves).chunk(2, -1)
+        out = self.grouped(self.of(a.sigmoid() * u, u.dtype), self.matrices)
+        if self.form == "experts with a bias":
+            out = out + self.bias[torch.arange(2).repeat_interleave(len(rows))]
+        out = out * rows.float().mean(-1, keepdim=True).softmax(0).to(out)[twice]
+        back = twice.argsort(stable=True)
+        return out[back].view(*x.shape[:2], 2, WIDTH).sum(2).to(x.dtype)
+
+
 class Model(nn.Module):
     def __init__(self, form: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(6, WIDTH)
-        self.part = Gate(form) if form in GATES | OTHER_GATES else Norm(form)
+        kinds = dict.fromkeys(GATES | OTHER_GATES, Gate) | dict.fromkeys(EXPERTS, Experts)
+        self.part: Part = kinds.get(form, Norm)(form)
         self.last = nn.Linear(WIDTH, 3)
         self.to(dtype)
 
@@ -202,9 +230,7 @@ def trained(
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
 
-@DTYPES
-@pytest.mark.parametrize("form", FORMS)
-def test_it_is_not_kept(form: str, dtype: torch.dtype) -> None:
+def check_it_is_not_kept(form: str, dtype: torch.dtype) -> None:
     """As long as a tuner that streams is on the model."""
     model, x = Model(form, dtype), inputs(0, dtype)
     for gradients, kept in (("dense", True), ("streaming", False), ("sampled", False)):
@@ -212,6 +238,30 @@ def test_it_is_not_kept(form: str, dtype: torch.dtype) -> None:
         assert keeps(model, x) == kept, gradients
         tuner.detach()
         assert keeps(model, x)
+
+
+def check_it_is_the_dense_mode(form: str, dtype: torch.dtype) -> None:
+    dense, streaming = (
+        trained(form, mode, dtype, unmask.Uniform()) for mode in ("dense", "streaming")
+    )
+    assert dense[0] == streaming[0]
+    assert any(name.startswith("part") for name in dense[0])
+    assert_same_state(dense[1], streaming[1])
+    assert same_tree(dense[2], streaming[2])
+
+
+@DTYPES
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_not_kept(form: str, dtype: torch.dtype) -> None:
+    check_it_is_not_kept(form, dtype)
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="PyTorch has no grouped_mm")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", EXPERTS)
+def test_experts(form: str, dtype: torch.dtype) -> None:
+    check_it_is_not_kept(form, dtype)
+    check_it_is_the_dense_mode(form, dtype)
 
 
 @pytest.mark.parametrize("form", OTHERS)
@@ -225,13 +275,7 @@ def test_others_are_let_be(form: str) -> None:
 @DTYPES
 @pytest.mark.parametrize("form", FORMS + OTHERS)
 def test_it_is_the_dense_mode(form: str, dtype: torch.dtype) -> None:
-    dense, streaming = (
-        trained(form, mode, dtype, unmask.Uniform()) for mode in ("dense", "streaming")
-    )
-    assert dense[0] == streaming[0]
-    assert any(name.startswith("part") for name in dense[0])
-    assert_same_state(dense[1], streaming[1])
-    assert same_tree(dense[2], streaming[2])
+    check_it_is_the_dense_mode(form, dtype)
 
 
 @pytest.mark.parametrize("form", FORMS + OTHERS)

@@ -19,16 +19,19 @@ from unmask.hooks import Hook, transformed
 
 __all__ = ["factors", "watch"]
 
-MAKING: dict[str, Callable[..., Tensor]] = {"MulBackward0": torch.mul, "DivBackward0": torch.div}
+SCALING, GROUPED = "MulBackward0", "GroupedMmBackward0"
+MAKING: dict[str, Callable[..., Tensor]] = {SCALING: torch.mul, "DivBackward0": torch.div}
 # What keeps an operand for a gradient in the other: where it is, and which edge leads to it.
 KEEPING: dict[str, tuple[tuple[str, int], ...]] = {
-    "MulBackward0": (("_raw_saved_self", 0), ("_raw_saved_other", 1)),
+    SCALING: (("_raw_saved_self", 0), ("_raw_saved_other", 1)),
     "MmBackward0": (("_raw_saved_self", 0),),
     "AddmmBackward0": (("_raw_saved_mat1", 1),),
     "ConvolutionBackward0": (("_raw_saved_input", 0),),
+    GROUPED: (("_raw_saved_self", 0),),  # experts' matrices
 }
-CAST, VIEW = "ToCopyBackward0", "ViewBackward0"
-BEHIND = ("AddBackward0", CAST, VIEW, "UnsafeViewBackward0")  # between such a node and the output
+ADD, CAST, VIEW = "AddBackward0", "ToCopyBackward0", "ViewBackward0"
+# What there may be between such an operation and the output, and how much of it.
+BEHIND, STEPS = (ADD, CAST, VIEW, "UnsafeViewBackward0", "SumBackward1", "IndexBackward0"), 8
 
 
 class _Like(NamedTuple):
@@ -84,8 +87,8 @@ def _look(module: nn.Module) -> Callable[[], None]:
 def _spare(node: Any) -> bool | None:
     """Have the operation that an output ends with keep how its operands are made: whether there
     are such operands; None if it is no operation that would."""
-    for _step in BEHIND:
-        if node is None or node.name() not in BEHIND:
+    for _ in range(STEPS):
+        if node is None or not (node.name() in BEHIND or _weighs_experts(node)):
             break
         node = node.next_functions[0][0]
     if node is None or node.name() not in KEEPING:
@@ -97,6 +100,16 @@ def _spare(node: Any) -> bool | None:
             _forget(getattr(node, place), product)
             found = True
     return found
+
+
+def _weighs_experts(node: Any) -> bool:
+    """Whether this multiplies what experts' matrices gave, maybe with a bias, by its weights."""
+    if node.name() != SCALING:
+        return False
+    node = node.next_functions[0][0]
+    if node is not None and node.name() == ADD:
+        node = node.next_functions[0][0]
+    return node is not None and node.name() == GROUPED
 
 
 def _forget(saved: Any, product: Any) -> None:

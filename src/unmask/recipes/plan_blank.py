@@ -86,7 +86,7 @@ class Fused(TorchFunctionMode):
         if func is Tensor.__contains__ and args[0].is_meta:
             return False  # no row holds a padding token
         if func in GROUPED and args[0].is_meta:
-            return _Grouped.apply(*args[:2])  # type: ignore[no-untyped-call]
+            return self._grouped(*args[:2])
         if func is F.scaled_dot_product_attention:
             return self._attention(func, args, given)
         if self.sampled and func in SAMPLED:
@@ -94,6 +94,12 @@ class Fused(TorchFunctionMode):
         if self.streamed and func is F.embedding and len(args) > 1:
             return self._by_rows(func, args, given)
         return func(*args, **given)
+
+    def _grouped(self, rows: Tensor, matrices: Tensor) -> Any:
+        kept: tuple[Tensor, ...] = (rows,) if matrices.requires_grad else ()
+        if self.sampled or self.streamed:
+            kept = tuple(part.detach() for x in kept for part in _parts(x))
+        return _Grouped.apply(rows, matrices, kept)  # type: ignore[no-untyped-call]
 
     def _attention(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
         named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args, strict=False))
@@ -159,13 +165,16 @@ class _Grouped(torch.autograd.Function):
     """Each row times one of several matrices, as experts do it."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrices: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, matrices)
+    def forward(ctx: Any, rows: Tensor, matrices: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        ctx.save_for_backward(matrices, *kept)
+        ctx.rows = rows.shape
         return rows.new_empty(len(rows), matrices.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+        matrices = ctx.saved_tensors[0]
+        wanted = torch.empty_like(matrices) if ctx.needs_input_grad[1] else None
+        return matrices.new_empty(ctx.rows), wanted, None
 
 
 class _Sampled(torch.autograd.Function):
