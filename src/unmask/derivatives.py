@@ -82,7 +82,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Ro
     """dW[o, i] = Σ_t dY[t, o]·X[t, i]; db[o] = Σ_t dY[t, o]."""
     if weight.dim() != 2 or (bias is not None and bias.dim() != 1):
         return None
-    return [_made_of(weight, _rows, input), Role(bias, _sum)]
+    return [_needing(weight, _rows, input), Role(bias, _sum)]
 
 
 def addmm(
@@ -91,12 +91,12 @@ def addmm(
     """X·W + b, as in GPT-2's Conv1D: dW[i, o] = Σ_t X[t, i]·dY[t, o]."""
     if beta != 1 or alpha != 1 or input.dim() != 1 or len(input) != mat2.shape[1]:
         return None
-    return [_made_of(mat2, _columns, mat1), Role(input, _sum)]
+    return [_needing(mat2, _columns, mat1), Role(input, _sum)]
 
 
 def matmul(input: Tensor, other: Tensor) -> list[Role] | None:
     """X·W with a matrix W."""
-    return [_made_of(other, _columns, input)] if other.dim() == 2 and input.dim() > 1 else None
+    return [_needing(other, _columns, input)] if other.dim() == 2 and input.dim() > 1 else None
 
 
 def embedding(
@@ -158,7 +158,7 @@ def mul(input: Any, other: Any) -> list[Role] | None:
     scale, x = (other, input) if other.dim() == 1 else (input, other)
     if scale.dim() != 1 or x.dim() == 1 or x.shape[-1:] != scale.shape or not x.is_floating_point():
         return None
-    return [_made_of(scale, _scale, x)]
+    return [_needing(scale, _scale, x)]
 
 
 def convolution(
@@ -207,12 +207,9 @@ RULES: Mapping[Callable[..., Any], Rule] = {
 }
 
 
-def _made_of(operand: Any, gradient: Callable[..., Tensor], x: Tensor) -> Role:
+def _needing(operand: Any, gradient: Callable[..., Tensor], x: Tensor) -> Role:
     """The operand's role, if its gradient needs x: kept, or made again from what is kept anyway."""
-    found = factors(x)
-    if found is None:
-        return Role(operand, gradient, (x,))
-    make, parts = found
+    make, parts = factors(x) or (lambda x: x, (x,))
     return Role(operand, lambda dy, at, *kept: gradient(dy, at, make(*kept)), parts)
 
 
