@@ -18,6 +18,13 @@ from models import seeded
 from unmask import products
 
 WIDTH = 16
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LEAST", 0)
+
+
 Form = Callable[["Norm", Tensor, Tensor], Tensor]
 
 
@@ -436,6 +443,22 @@ def test_what_could_keep_a_product_is_watched() -> None:
     assert watched(model) == 2
     tuner.detach()
     assert not watched(model)
+
+
+@pytest.mark.parametrize("gradients", ["streaming", "sampled"])
+@pytest.mark.parametrize("form", ["llama", "gated"])
+def test_what_is_small_is_kept(form: str, gradients: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It isn't worth the time; a larger batch's is, later on, and between selections."""
+    monkeypatch.setattr(products, "LEAST", 4 * 5 * WIDTH * 4)
+    model, small, large = Model(form), inputs(0)[:3], inputs(1)
+    tuner = attached(model, gradients, schedule=unmask.Strided(every=4))
+    optimizer = tuner.optimizer(torch.optim.SGD, lr=1e-2)
+    for _step in range(2):
+        for x in (small, large):
+            assert keeps(model, x) == (x is small)
+            optimizer.zero_grad()
+        model(large).backward()
+        optimizer.step()
 
 
 def test_what_shows_none_is_let_be() -> None:
