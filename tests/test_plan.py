@@ -200,8 +200,8 @@ def test_products_are_not_kept():
 
 
 def test_experts():
-    """LoRA leaves them alone, so nothing is kept for their gradients; streaming keeps one half of
-    their own inputs, the product that enters the second matrix left out."""
+    """LoRA leaves them alone and keeps nothing for them; streaming keeps what enters their first
+    matrices, and not the product that enters the second."""
     config = transformers.MixtralConfig(
         vocab_size=200, num_key_value_heads=2, num_local_experts=2, **LARGER
     )
