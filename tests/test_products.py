@@ -1,4 +1,4 @@
-"""Products that backward makes again: not kept, the same bits, and nobody else's business."""
+"""What backward makes again: not kept, the same bits, and nobody else's business."""
 
 import copy
 import pickle
@@ -70,6 +70,20 @@ GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
         lambda: nn.Conv1d(5, 5, 3, padding=1),
         lambda gate, a, u: gate.of(u * a.mean(-1, keepdim=True).sigmoid(), u.dtype),
     ),
+    "normed": (lambda: plain(), lambda gate, a, u: gate.of(gate.norm(a + u), u.dtype)),
+    "normed, no bias": (lambda: linear(), lambda gate, a, u: gate.of(gate.norm(a * u), u.dtype)),
+    "normed alone": (lambda: Conv1D(), lambda gate, a, u: gate.of(gate.norm(a * u), u.dtype)),
+    "normed rows": (
+        lambda: Matrix(),
+        lambda gate, a, u: gate.of(gate.norm(a - u).view(-1, WIDTH), u.dtype),
+    ),
+}
+LAYER_NORMS: dict[str, dict[str, Any]] = {
+    "normed": {"eps": 0.1},
+    "normed, no bias": {"bias": False},
+    "normed alone": {"elementwise_affine": False},
+    "normed rows": {},
+    "normed, turned": {},
 }
 OTHER_GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
     "dropped": (
@@ -81,6 +95,14 @@ OTHER_GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
         lambda gate, a, u: gate.of((a.sigmoid() * u).transpose(0, 1), u.dtype),
     ),
     "a vector's": (lambda: linear(), lambda gate, a, u: gate.of(u * a.mean((0, 1)), u.dtype)),
+    "normed by a function": (
+        lambda: plain(),
+        lambda gate, a, u: gate.of(nn.functional.layer_norm(a + u, (WIDTH,)), u.dtype),
+    ),
+    "normed, turned": (
+        lambda: plain(),
+        lambda gate, a, u: gate.of(gate.norm(a + u), u.dtype),
+    ),
     "an activation": (lambda: linear(), lambda gate, a, u: gate.of((a + u).tanh(), u.dtype)),
     "cast twice": (
         lambda: plain(),
@@ -149,6 +171,13 @@ class Conv1D(Matrix):
         return torch.addmm(self.bias, x.view(-1, WIDTH), self.weight).view(x.shape)
 
 
+class Turned(nn.LayerNorm):
+    """Of more than it is called, as norms of channels are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
 class Gate(Part):
     """Ends in one of these forms."""
 
@@ -156,6 +185,11 @@ class Gate(Part):
         super().__init__(form)
         self.halves, self.matrix = nn.Linear(WIDTH, 2 * WIDTH), (GATES | OTHER_GATES)[form][0]()
         nn.init.normal_(self.matrix.weight, 0, 4)  # type: ignore[arg-type]  # so some are chosen
+        if form in LAYER_NORMS:
+            kind = Turned if form == "normed, turned" else nn.LayerNorm
+            self.norm = kind(WIDTH, **LAYER_NORMS[form])
+            for parameter in self.norm.parameters():
+                nn.init.normal_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         enter = (GATES | OTHER_GATES)[self.form][1]
@@ -382,6 +416,90 @@ def test_an_offload_has_what_it_had() -> None:
     assert count(plain) == count(model)
 
 
+@pytest.mark.parametrize("gradients", ["streaming", "sampled"])
+@pytest.mark.parametrize("form", ["gated", "normed"])
+def test_a_checkpoint_s_inside_is_had_once(form: str, gradients: str) -> None:
+    """What is within it is no part of what is made again outside."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Gate(form)
+
+        def forward(self, x: Tensor) -> Tensor:
+            def within(x: Tensor) -> Tensor:
+                a, u = self.part.halves(x).chunk(2, -1)
+                return self.part.norm(a + u) if form == "normed" else a.sigmoid() * u
+
+            return self.part.matrix(checkpoint(within, x, use_reentrant=False)).square().mean()  # type: ignore[no-any-return]
+
+    found = []
+    for mode in ("dense", gradients):
+        torch.manual_seed(0)
+        model = Half()
+        tuner = attached(model, mode, schedule=unmask.Strided(every=2))
+        optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
+        for step in range(4):
+            model(torch.randn(3, 5, WIDTH, generator=seeded(step))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((chosen(tuner), snapshot(model)))
+    assert found[0][0] == found[1][0]
+    for name, tensor in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], tensor)
+
+
+@pytest.mark.parametrize("users", [1, 2, 3])
+def test_what_several_need_is_made_once(users: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per backward pass, and let go of with the last of them; another sees to what it needs."""
+    made: list[StorageWeakRef] = []
+    norm = torch.native_layer_norm
+
+    def noted(*args: Any) -> Any:
+        out = norm(*args)
+        made.append(StorageWeakRef(out[0].untyped_storage()))
+        return out
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.other = nn.LayerNorm(WIDTH), plain()
+            self.several = nn.ModuleList(plain() for _ in range(users))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)
+            with saved_tensors_hooks(torch.clone, lambda x: x):
+                out = self.other(x)
+            for linear in self.several:
+                out = out * linear(x)
+            return out.square().mean()
+
+    model = Several()
+    attached(model)
+    loss = model(torch.randn(4, 5, WIDTH, requires_grad=True))
+    monkeypatch.setattr(torch, "native_layer_norm", noted)
+    wanted = [*model.parameters()]
+    for passes in (1, 2):
+        torch.autograd.grad(loss, wanted, retain_graph=True)
+        assert len(made) == passes
+        assert all(one.expired() for one in made)
+    torch.autograd.grad(loss, wanted[3:])
+    del loss
+    assert len(made) == 3
+    assert made[2].expired()
+
+
+def test_pytorch_s_own_root_mean_square() -> None:
+    """Of operations, where PyTorch has none of its own for it."""
+    model = nn.Sequential(nn.Linear(6, WIDTH), nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 3))
+    attached(model)
+    x = torch.randn(4, 5, WIDTH, requires_grad=True)
+    node = model[1](x).grad_fn
+    assert node is not None
+    assert node.name() == "MulBackward0"
+    assert node._raw_saved_self.unpack_hook is not None  # type: ignore[attr-defined]
+
+
 def test_the_transforms_of_torch() -> None:
     plain, model = Model("llama"), Model("llama")
     attached(model)
@@ -397,13 +515,14 @@ def test_the_transforms_of_torch() -> None:
         assert same_bits(gradient, found[1][name])
 
 
-def test_compiled() -> None:
-    plain, model = Model("llama"), Model("llama")
+@pytest.mark.parametrize("form", ["llama", "normed"])
+def test_compiled(form: str) -> None:
+    plain, model = Model(form), Model(form)
     attached(model)
     found = []
     for m in (plain, model):
         torch._dynamo.reset()
-        compiled = torch.compile(m, backend="aot_eager", fullgraph=m is plain)
+        compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
         found.append(torch.autograd.grad(compiled(inputs(0)), [*m.parameters()]))
     assert all(map(same_bits, *found))
 
@@ -433,10 +552,10 @@ def watched(model: nn.Module) -> int:
 
 
 def test_what_could_keep_a_product_is_watched() -> None:
-    """Not what isn't chosen from, nor PyTorch's norms and embeddings."""
-    model = nn.Sequential(nn.Embedding(3, 6), Model("llama"), nn.LayerNorm(3))
+    """Not what isn't chosen from, nor PyTorch's embeddings; a layer norm as it feeds others."""
+    model = nn.Sequential(nn.Embedding(3, 6), Model("llama"), nn.LayerNorm(3), nn.GroupNorm(3, 3))
     parameters = dict(model.named_parameters())
-    assert len(products.watch(model, [*parameters.values()])) == watched(model) == 3
+    assert len(products.watch(model, [*parameters.values()])) == watched(model) == 4
     model = Model("llama")
     tuner = unmask.attach(model, unmask.id3(40), steps=4, gradients="streaming", exclude="part*")
     assert not model.part._forward_hooks
@@ -459,6 +578,17 @@ def test_what_is_small_is_kept(form: str, gradients: str, monkeypatch: pytest.Mo
             optimizer.zero_grad()
         model(large).backward()
         optimizer.step()
+
+
+def test_a_small_norm_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before something larger, too."""
+    monkeypatch.setattr(products, "LEAST", 4 * 5 * WIDTH * 4 + 1)
+    model = nn.Sequential(nn.Linear(6, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH))
+    attached(model)
+    out = model(inputs(0))
+    assert out.nbytes >= products.LEAST
+    monkeypatch.setattr(torch, "native_layer_norm", None)
+    out.sum().backward()
 
 
 def test_what_shows_none_is_let_be() -> None:
