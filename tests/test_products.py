@@ -70,6 +70,7 @@ GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
         lambda: nn.Conv1d(5, 5, 3, padding=1),
         lambda gate, a, u: gate.of(u * a.mean(-1, keepdim=True).sigmoid(), u.dtype),
     ),
+    "a vector's": (lambda: linear(), lambda gate, a, u: gate.of(u * a.mean((0, 1)), u.dtype)),
     "normed": (lambda: plain(), lambda gate, a, u: gate.of(gate.norm(a + u), u.dtype)),
     "normed, no bias": (lambda: linear(), lambda gate, a, u: gate.of(gate.norm(a * u), u.dtype)),
     "normed alone": (lambda: Conv1D(), lambda gate, a, u: gate.of(gate.norm(a * u), u.dtype)),
@@ -94,7 +95,6 @@ OTHER_GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
         lambda: plain(),
         lambda gate, a, u: gate.of((a.sigmoid() * u).transpose(0, 1), u.dtype),
     ),
-    "a vector's": (lambda: linear(), lambda gate, a, u: gate.of(u * a.mean((0, 1)), u.dtype)),
     "normed by a function": (
         lambda: plain(),
         lambda gate, a, u: gate.of(nn.functional.layer_norm(a + u, (WIDTH,)), u.dtype),
@@ -341,6 +341,19 @@ def test_it_is_not_kept_between_selections(form: str) -> None:
     assert not keeps(model, inputs(1))
 
 
+def test_nothing_is_made_before_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a norm's weights aren't sampled, and the next layer's are."""
+    model = Model("gemma")
+    tuner = attached(model, "sampled", schedule=unmask.Strided(every=4))
+    optimizer = tuner.optimizer(torch.optim.SGD, lr=1e-2)
+    for step in range(2):
+        with monkeypatch.context() as within:
+            within.setattr(torch, "mul", None)
+            loss = model(inputs(step))
+        loss.backward()
+        optimizer.step()
+
+
 def gradients_of(model: Model, run: Callable[[Model], Tensor], second: bool) -> list[Tensor]:
     torch.manual_seed(0)
     wanted = [*model.parameters()]
@@ -450,21 +463,24 @@ def test_a_checkpoint_s_inside_is_had_once(form: str, gradients: str) -> None:
 
 
 @pytest.mark.parametrize("users", [1, 2, 3])
-def test_what_several_need_is_made_once(users: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("operation", ["native_layer_norm", "mul"])
+def test_what_several_need_is_made_once(
+    operation: str, users: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Per backward pass, and let go of with the last of them; another sees to what it needs."""
     made: list[StorageWeakRef] = []
-    norm = torch.native_layer_norm
+    plain_operation = getattr(torch, operation)
 
     def noted(*args: Any) -> Any:
-        out = norm(*args)
-        made.append(StorageWeakRef(out[0].untyped_storage()))
+        out = plain_operation(*args)
+        made.append(StorageWeakRef((out if operation == "mul" else out[0]).untyped_storage()))
         return out
 
     class Several(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm, self.other = nn.LayerNorm(WIDTH), plain()
-            self.several = nn.ModuleList(plain() for _ in range(users))
+            self.norm = Norm("llama") if operation == "mul" else nn.LayerNorm(WIDTH)
+            self.other, self.several = plain(), nn.ModuleList(plain() for _ in range(users))
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.norm(x)
@@ -477,16 +493,16 @@ def test_what_several_need_is_made_once(users: int, monkeypatch: pytest.MonkeyPa
     model = Several()
     attached(model)
     loss = model(torch.randn(4, 5, WIDTH, requires_grad=True))
-    monkeypatch.setattr(torch, "native_layer_norm", noted)
-    wanted = [*model.parameters()]
+    monkeypatch.setattr(torch, operation, noted)
+    each = 2 if operation == "mul" else 1  # of its product with the weights there are two
     for passes in (1, 2):
-        torch.autograd.grad(loss, wanted, retain_graph=True)
-        assert len(made) == passes
+        torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)
+        assert len(made) == each * passes
         assert all(one.expired() for one in made)
-    torch.autograd.grad(loss, wanted[3:])
+    torch.autograd.grad(loss, [*model.several.parameters()])
     del loss
-    assert len(made) == 3
-    assert made[2].expired()
+    assert len(made) == each * 3
+    assert all(one.expired() for one in made)
 
 
 def test_pytorch_s_own_root_mean_square() -> None:

@@ -2,8 +2,9 @@
 
 A norm that a model brings itself ends in `weight * x̂`, a gated layer in `(act * gate) @ weight`.
 For the weight's gradient autograd keeps that operand, as large as the activations, though it is a
-product (or a quotient) whose factors are kept already, for gradients of their own. So is what a
-layer norm is made of. Backward makes the operand from those once more: the same bits.
+product (or a quotient) whose factors are kept already, for gradients of their own, or made again
+themselves. So is what a norm gives the layers that follow, whether it is such a product or comes of
+PyTorch's layer norm, which keeps what it came of. Backward makes each once more: the same bits.
 """
 
 from __future__ import annotations
@@ -51,10 +52,8 @@ class _Making(NamedTuple):
 
 
 def _kept_both(node: Any) -> bool:
-    """Both factors have gradients, so are kept. One that is repeated over dimensions that it
-    doesn't have scales what may be a product itself: those aren't two kept tensors."""
-    edges, dimensions = node.next_functions, len(node._input_metadata[0].shape)
-    return all(e is not None and len(e._input_metadata[n].shape) == dimensions for e, n in edges)
+    """Both factors have gradients, so are kept."""
+    return all(edge is not None for edge, _ in node.next_functions)
 
 
 def _normed(node: Any) -> Callable[..., Tensor]:
@@ -107,7 +106,7 @@ def watch(model: nn.Module, tensors: Collection[Tensor]) -> list[Callable[[], No
 def factors(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
     """How x is made again, and of what, if autograd keeps that anyway and x isn't small."""
     source = _source(x.grad_fn) if x.nbytes >= LEAST else None
-    if source is None:
+    if source is None or any(_hooks(source)):
         return None
     like, making = _Like.of(x), _maker(source)
     return lambda *parts: like.form(making(*parts)), _parts(source)
@@ -197,23 +196,33 @@ class _Shared:
         return made
 
 
+class _Again:
+    """Makes again what an operation gave; a hook that unpacks what is kept in its place."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.shared = source, source.metadata.setdefault(SHARED, _Shared())
+
+    def __call__(self, like: _Like) -> Tensor:
+        return like.form(self.shared.get(lambda: _maker(self.source)(*_parts(self.source))))
+
+
 def _forget(saved: Any, source: Any) -> None:
     """Keep in the place of what this operation gave what that is like."""
-    shared = source.metadata.setdefault(SHARED, _Shared())
-
-    def again(like: _Like) -> Tensor:
-        return like.form(shared.get(lambda: _maker(source)(*_parts(source))))
-
+    again = _Again(source)
     try:
         saved.register_hooks(_Like.of, again)
     except RuntimeError:
         return  # others see to what is saved here already: a checkpoint, an offload
-    shared.users += 1
+    again.shared.users += 1
+    if again.shared.users == 1:
+        for hook in _hooks(source):
+            if isinstance(hook, _Again):
+                hook.shared.users += 1
 
 
 def _source(node: Any) -> Any:
     """The operation whose output this node gives, casts or views, if that can be made again of
-    what the operation itself keeps; None if it can't."""
+    what the operation itself keeps, or makes again; None if it can't."""
     for passed in ((VIEW,), (CAST,), (VIEW,), SAMPLED):
         if node is not None and node.name() in passed:
             node = node.next_functions[0][0]
@@ -221,9 +230,11 @@ def _source(node: Any) -> Any:
     if making is None or not making.fits(node):
         return None
     # What others see to, as a checkpoint does, may be had once only.
-    ours = all(_hooks(getattr(node, f"_raw_saved_{part}")) is None for part in making.parts)
+    ours = all(hook is None or isinstance(hook, _Again) for hook in _hooks(node))
     return node if ours else None
 
 
-def _hooks(saved: Any) -> Any:
-    return getattr(saved, "unpack_hook", True)  # an older PyTorch can't say
+def _hooks(node: Any) -> list[Any]:
+    """Of what an operation's output is made of, what unpacks each; an older PyTorch can't say."""
+    parts = MAKING[node.name()].parts
+    return [getattr(getattr(node, f"_raw_saved_{p}"), "unpack_hook", True) for p in parts]
