@@ -505,6 +505,35 @@ def test_what_several_need_is_made_once(
     assert all(one.expired() for one in made)
 
 
+def test_it_is_made_once_between_selections(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.several = nn.LayerNorm(WIDTH), nn.ModuleList(plain() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)
+            a, b, c = (linear(x) for linear in self.several)
+            return (a * b + c).square().mean()
+
+    torch.manual_seed(0)
+    model, made = Several(), []
+    norm = torch.native_layer_norm
+    monkeypatch.setattr(torch, "native_layer_norm", lambda *args: (made.append(0), norm(*args))[1])
+    tuner = unmask.attach(
+        model, unmask.id3(400, schedule=unmask.Strided(every=2)), steps=2, gradients="sampled"
+    )
+    optimizer = tuner.optimizer(torch.optim.SGD, lr=1e-2)
+    for step in range(2):
+        made.clear()
+        x = torch.randn(4, 5, WIDTH, generator=seeded(step), requires_grad=True)
+        model(x).backward()
+        optimizer.step()
+        if step:
+            assert len(chosen(tuner)) >= 3
+        assert len(made) == 1
+
+
 def test_pytorch_s_own_root_mean_square() -> None:
     """Of operations, where PyTorch has none of its own for it."""
     model = nn.Sequential(nn.Linear(6, WIDTH), nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 3))

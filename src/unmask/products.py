@@ -108,8 +108,9 @@ def factors(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | Non
     source = _source(x.grad_fn) if x.nbytes >= LEAST else None
     if source is None or any(_hooks(source)):
         return None
-    like, making = _Like.of(x), _maker(source)
-    return lambda *parts: like.form(making(*parts)), _parts(source)
+    like, making, shared = _Like.of(x), _maker(source), _shared(source)
+    shared.users += 1
+    return lambda *parts: like.form(shared.get(lambda: making(*parts))), _parts(source)
 
 
 def _maker(node: Any) -> Callable[..., Tensor]:
@@ -196,11 +197,16 @@ class _Shared:
         return made
 
 
+def _shared(node: Any) -> _Shared:
+    found: _Shared = node.metadata.setdefault(SHARED, _Shared())
+    return found
+
+
 class _Again:
     """Makes again what an operation gave; a hook that unpacks what is kept in its place."""
 
     def __init__(self, source: Any) -> None:
-        self.source, self.shared = source, source.metadata.setdefault(SHARED, _Shared())
+        self.source, self.shared = source, _shared(source)
 
     def __call__(self, like: _Like) -> Tensor:
         return like.form(self.shared.get(lambda: _maker(self.source)(*_parts(self.source))))
