@@ -517,9 +517,15 @@ def test_it_is_made_once_between_selections(monkeypatch: pytest.MonkeyPatch) -> 
             return (a * b + c).square().mean()
 
     torch.manual_seed(0)
-    model, made = Several(), []
-    norm = torch.native_layer_norm
-    monkeypatch.setattr(torch, "native_layer_norm", lambda *args: (made.append(0), norm(*args))[1])
+    model, norm = Several(), torch.native_layer_norm
+    made: list[StorageWeakRef] = []
+
+    def noted(*args: Any) -> Any:
+        out = norm(*args)
+        made.append(StorageWeakRef(out[0].untyped_storage()))
+        return out
+
+    monkeypatch.setattr(torch, "native_layer_norm", noted)
     tuner = unmask.attach(
         model, unmask.id3(400, schedule=unmask.Strided(every=2)), steps=2, gradients="sampled"
     )
@@ -527,11 +533,13 @@ def test_it_is_made_once_between_selections(monkeypatch: pytest.MonkeyPatch) -> 
     for step in range(2):
         made.clear()
         x = torch.randn(4, 5, WIDTH, generator=seeded(step), requires_grad=True)
-        model(x).backward()
+        loss = model(x)
+        loss.backward()
         optimizer.step()
         if step:
             assert len(chosen(tuner)) >= 3
         assert len(made) == 1
+        assert made[0].expired()
 
 
 def test_pytorch_s_own_root_mean_square() -> None:
