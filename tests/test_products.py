@@ -1,4 +1,4 @@
-"""What backward makes again: not kept, the same bits, and nobody else's business."""
+"""Products that backward makes again: not kept, the same bits, and nobody else's business."""
 
 import copy
 import pickle
@@ -70,21 +70,6 @@ GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
         lambda: nn.Conv1d(5, 5, 3, padding=1),
         lambda gate, a, u: gate.of(u * a.mean(-1, keepdim=True).sigmoid(), u.dtype),
     ),
-    "a vector's": (lambda: linear(), lambda gate, a, u: gate.of(u * a.mean((0, 1)), u.dtype)),
-    "normed": (lambda: plain(), lambda gate, a, u: gate.of(gate.norm(a + u), u.dtype)),
-    "normed, no bias": (lambda: linear(), lambda gate, a, u: gate.of(gate.norm(a * u), u.dtype)),
-    "normed alone": (lambda: Conv1D(), lambda gate, a, u: gate.of(gate.norm(a * u), u.dtype)),
-    "normed rows": (
-        lambda: Matrix(),
-        lambda gate, a, u: gate.of(gate.norm(a - u).view(-1, WIDTH), u.dtype),
-    ),
-}
-LAYER_NORMS: dict[str, dict[str, Any]] = {
-    "normed": {"eps": 0.1},
-    "normed, no bias": {"bias": False},
-    "normed alone": {"elementwise_affine": False},
-    "normed rows": {},
-    "normed, turned": {},
 }
 OTHER_GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
     "dropped": (
@@ -95,14 +80,7 @@ OTHER_GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
         lambda: plain(),
         lambda gate, a, u: gate.of((a.sigmoid() * u).transpose(0, 1), u.dtype),
     ),
-    "normed by a function": (
-        lambda: plain(),
-        lambda gate, a, u: gate.of(nn.functional.layer_norm(a + u, (WIDTH,)), u.dtype),
-    ),
-    "normed, turned": (
-        lambda: plain(),
-        lambda gate, a, u: gate.of(gate.norm(a + u), u.dtype),
-    ),
+    "a vector's": (lambda: linear(), lambda gate, a, u: gate.of(u * a.mean((0, 1)), u.dtype)),
     "an activation": (lambda: linear(), lambda gate, a, u: gate.of((a + u).tanh(), u.dtype)),
     "cast twice": (
         lambda: plain(),
@@ -171,13 +149,6 @@ class Conv1D(Matrix):
         return torch.addmm(self.bias, x.view(-1, WIDTH), self.weight).view(x.shape)
 
 
-class Turned(nn.LayerNorm):
-    """Of more than it is called, as norms of channels are."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(0, 1)).transpose(0, 1)
-
-
 class Gate(Part):
     """Ends in one of these forms."""
 
@@ -185,11 +156,6 @@ class Gate(Part):
         super().__init__(form)
         self.halves, self.matrix = nn.Linear(WIDTH, 2 * WIDTH), (GATES | OTHER_GATES)[form][0]()
         nn.init.normal_(self.matrix.weight, 0, 4)  # type: ignore[arg-type]  # so some are chosen
-        if form in LAYER_NORMS:
-            kind = Turned if form == "normed, turned" else nn.LayerNorm
-            self.norm = kind(WIDTH, **LAYER_NORMS[form])
-            for parameter in self.norm.parameters():
-                nn.init.normal_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         enter = (GATES | OTHER_GATES)[self.form][1]
@@ -341,19 +307,6 @@ def test_it_is_not_kept_between_selections(form: str) -> None:
     assert not keeps(model, inputs(1))
 
 
-def test_nothing_is_made_before_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a norm's weights aren't sampled, and the next layer's are."""
-    model = Model("gemma")
-    tuner = attached(model, "sampled", schedule=unmask.Strided(every=4))
-    optimizer = tuner.optimizer(torch.optim.SGD, lr=1e-2)
-    for step in range(2):
-        with monkeypatch.context() as within:
-            within.setattr(torch, "mul", None)
-            loss = model(inputs(step))
-        loss.backward()
-        optimizer.step()
-
-
 def gradients_of(model: Model, run: Callable[[Model], Tensor], second: bool) -> list[Tensor]:
     torch.manual_seed(0)
     wanted = [*model.parameters()]
@@ -430,19 +383,18 @@ def test_an_offload_has_what_it_had() -> None:
 
 
 @pytest.mark.parametrize("gradients", ["streaming", "sampled"])
-@pytest.mark.parametrize("form", ["gated", "normed"])
-def test_a_checkpoint_s_inside_is_had_once(form: str, gradients: str) -> None:
+def test_a_checkpoint_s_inside_is_had_once(gradients: str) -> None:
     """What is within it is no part of what is made again outside."""
 
     class Half(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.part = Gate(form)
+            self.part = Gate("gated")
 
         def forward(self, x: Tensor) -> Tensor:
             def within(x: Tensor) -> Tensor:
                 a, u = self.part.halves(x).chunk(2, -1)
-                return self.part.norm(a + u) if form == "normed" else a.sigmoid() * u
+                return a.sigmoid() * u
 
             return self.part.matrix(checkpoint(within, x, use_reentrant=False)).square().mean()  # type: ignore[no-any-return]
 
@@ -462,95 +414,22 @@ def test_a_checkpoint_s_inside_is_had_once(form: str, gradients: str) -> None:
         torch.testing.assert_close(found[1][1][name], tensor)
 
 
-@pytest.mark.parametrize("users", [1, 2, 3])
-@pytest.mark.parametrize("operation", ["native_layer_norm", "mul"])
-def test_what_several_need_is_made_once(
-    operation: str, users: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Per backward pass, and let go of with the last of them; another sees to what it needs."""
-    made: list[StorageWeakRef] = []
-    plain_operation = getattr(torch, operation)
-
-    def noted(*args: Any) -> Any:
-        out = plain_operation(*args)
-        made.append(StorageWeakRef((out if operation == "mul" else out[0]).untyped_storage()))
-        return out
-
-    class Several(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = Norm("llama") if operation == "mul" else nn.LayerNorm(WIDTH)
-            self.other, self.several = plain(), nn.ModuleList(plain() for _ in range(users))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.norm(x)
-            with saved_tensors_hooks(torch.clone, lambda x: x):
-                out = self.other(x)
-            for linear in self.several:
-                out = out * linear(x)
-            return out.square().mean()
-
-    model = Several()
-    attached(model)
-    loss = model(torch.randn(4, 5, WIDTH, requires_grad=True))
-    monkeypatch.setattr(torch, operation, noted)
-    each = 2 if operation == "mul" else 1  # of its product with the weights there are two
-    for passes in (1, 2):
-        torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)
-        assert len(made) == each * passes
-        assert all(one.expired() for one in made)
-    torch.autograd.grad(loss, [*model.several.parameters()])
-    del loss
-    assert len(made) == each * 3
-    assert all(one.expired() for one in made)
-
-
-def test_it_is_made_once_between_selections(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Several(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.several = nn.LayerNorm(WIDTH), nn.ModuleList(plain() for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.norm(x)
-            a, b, c = (linear(x) for linear in self.several)
-            return (a * b + c).square().mean()
-
-    torch.manual_seed(0)
-    model, norm = Several(), torch.native_layer_norm
-    made: list[StorageWeakRef] = []
-
-    def noted(*args: Any) -> Any:
-        out = norm(*args)
-        made.append(StorageWeakRef(out[0].untyped_storage()))
-        return out
-
-    monkeypatch.setattr(torch, "native_layer_norm", noted)
-    tuner = unmask.attach(
-        model, unmask.id3(400, schedule=unmask.Strided(every=2)), steps=2, gradients="sampled"
-    )
-    optimizer = tuner.optimizer(torch.optim.SGD, lr=1e-2)
-    for step in range(2):
-        made.clear()
-        x = torch.randn(4, 5, WIDTH, generator=seeded(step), requires_grad=True)
-        loss = model(x)
-        loss.backward()
-        optimizer.step()
-        if step:
-            assert len(chosen(tuner)) >= 3
-        assert len(made) == 1
-        assert made[0].expired()
-
-
 def test_pytorch_s_own_root_mean_square() -> None:
     """Of operations, where PyTorch has none of its own for it."""
     model = nn.Sequential(nn.Linear(6, WIDTH), nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 3))
     attached(model)
-    x = torch.randn(4, 5, WIDTH, requires_grad=True)
-    node = model[1](x).grad_fn
+    node = model[1](torch.randn(4, 5, WIDTH, requires_grad=True)).grad_fn
     assert node is not None
     assert node.name() == "MulBackward0"
     assert node._raw_saved_self.unpack_hook is not None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("form", ["llama", "gated"])
+def test_compiled_in_one_piece(form: str) -> None:
+    model = Model(form)
+    attached(model)
+    torch._dynamo.reset()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(inputs(0)).backward()
 
 
 def test_the_transforms_of_torch() -> None:
@@ -568,14 +447,13 @@ def test_the_transforms_of_torch() -> None:
         assert same_bits(gradient, found[1][name])
 
 
-@pytest.mark.parametrize("form", ["llama", "normed"])
-def test_compiled(form: str) -> None:
-    plain, model = Model(form), Model(form)
+def test_compiled() -> None:
+    plain, model = Model("llama"), Model("llama")
     attached(model)
     found = []
     for m in (plain, model):
         torch._dynamo.reset()
-        compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(m, backend="aot_eager", fullgraph=m is plain)
         found.append(torch.autograd.grad(compiled(inputs(0)), [*m.parameters()]))
     assert all(map(same_bits, *found))
 
@@ -605,10 +483,10 @@ def watched(model: nn.Module) -> int:
 
 
 def test_what_could_keep_a_product_is_watched() -> None:
-    """Not what isn't chosen from, nor PyTorch's embeddings; a layer norm as it feeds others."""
-    model = nn.Sequential(nn.Embedding(3, 6), Model("llama"), nn.LayerNorm(3), nn.GroupNorm(3, 3))
+    """Not what isn't chosen from, nor PyTorch's norms and embeddings."""
+    model = nn.Sequential(nn.Embedding(3, 6), Model("llama"), nn.LayerNorm(3))
     parameters = dict(model.named_parameters())
-    assert len(products.watch(model, [*parameters.values()])) == watched(model) == 4
+    assert len(products.watch(model, [*parameters.values()])) == watched(model) == 3
     model = Model("llama")
     tuner = unmask.attach(model, unmask.id3(40), steps=4, gradients="streaming", exclude="part*")
     assert not model.part._forward_hooks
@@ -631,17 +509,6 @@ def test_what_is_small_is_kept(form: str, gradients: str, monkeypatch: pytest.Mo
             optimizer.zero_grad()
         model(large).backward()
         optimizer.step()
-
-
-def test_a_small_norm_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before something larger, too."""
-    monkeypatch.setattr(products, "LEAST", 4 * 5 * WIDTH * 4 + 1)
-    model = nn.Sequential(nn.Linear(6, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH))
-    attached(model)
-    out = model(inputs(0))
-    assert out.nbytes >= products.LEAST
-    monkeypatch.setattr(torch, "native_layer_norm", None)
-    out.sum().backward()
 
 
 def test_what_shows_none_is_let_be() -> None:
