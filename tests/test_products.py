@@ -70,12 +70,16 @@ GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
         lambda: nn.Conv1d(5, 5, 3, padding=1),
         lambda gate, a, u: gate.of(u * a.mean(-1, keepdim=True).sigmoid(), u.dtype),
     ),
-}
-OTHER_GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
     "dropped": (
         lambda: plain(),
         lambda gate, a, u: gate.of(nn.functional.dropout(a.sigmoid() * u, 0.5), u.dtype),
     ),
+    "rectified": (
+        lambda: plain(),
+        lambda gate, a, u: gate.of(nn.functional.dropout((a + u).relu(), 0.5), u.dtype),
+    ),
+}
+OTHER_GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
     "transposed": (
         lambda: plain(),
         lambda gate, a, u: gate.of((a.sigmoid() * u).transpose(0, 1), u.dtype),
@@ -87,9 +91,32 @@ OTHER_GATES: dict[str, tuple[Callable[[], nn.Module], Halves]] = {
         lambda gate, a, u: gate.of((a.sigmoid() * u).to(torch.float16), u.dtype),
     ),
 }
+# Attention's weights, from scores.
+ATTENTION: dict[str, Callable[["Attention", Tensor], Tensor]] = {
+    "attention": lambda part, x: part.of(
+        nn.functional.dropout(x.softmax(-1), 0.3, part.training), x.dtype
+    ),
+    "in float32": lambda part, x: part.of(
+        nn.functional.dropout(x.softmax(-1, dtype=torch.float32).to(x.dtype), 0.3), x.dtype
+    ),
+    "then cast": lambda part, x: part.of(
+        nn.functional.dropout(x.softmax(-1, dtype=torch.float32), 0.3), x.dtype
+    ),
+    "gated attention": lambda part, x: part.of(x.softmax(-1) * x.sigmoid(), x.dtype),
+    "dropped twice": lambda part, x: part.of(
+        nn.functional.dropout(nn.functional.dropout(x.relu(), 0.3), 0.3), x.dtype
+    ),
+}
+OTHER_ATTENTION: dict[str, Callable[["Attention", Tensor], Tensor]] = {
+    "nothing dropped": lambda part, x: part.of(x.softmax(-1), x.dtype),
+    "a dropped sum": lambda part, x: part.of(nn.functional.dropout(x + 1, 0.3), x.dtype),
+    "a vector": lambda part, x: part.of(
+        x.softmax(-1) * torch.ones(5).bernoulli_(0.5).to(x), x.dtype
+    ),
+}
 EXPERTS = ["experts", "experts with a bias"]
-FORMS = [*NORMS, *GATES]
-OTHERS = [*OTHER_NORMS, *OTHER_GATES]
+FORMS = [*NORMS, *GATES, *ATTENTION]
+OTHERS = [*OTHER_NORMS, *OTHER_GATES, *OTHER_ATTENTION]
 
 
 class Part(nn.Module):
@@ -162,6 +189,21 @@ class Gate(Part):
         return self.matrix(enter(self, *self.halves(x).chunk(2, -1)))  # type: ignore[no-any-return]
 
 
+class Attention(Part):
+    """Of two heads."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(form)
+        self.into, self.matrix = nn.Linear(WIDTH, 3 * WIDTH), plain()
+        nn.init.normal_(self.matrix.weight, 0, 4)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.into(x).view(*x.shape[:2], 3, 2, WIDTH // 2)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        weights = (ATTENTION | OTHER_ATTENTION)[self.form](self, query @ key.mT)
+        return self.matrix((weights @ value).transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+
+
 class Experts(Part):
     """Two, that each take half of the rows, as transformers has them multiplied."""
 
@@ -193,7 +235,9 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(6, WIDTH)
-        kinds = dict.fromkeys(GATES | OTHER_GATES, Gate) | dict.fromkeys(EXPERTS, Experts)
+        kinds: dict[str, type[Part]] = dict.fromkeys(GATES | OTHER_GATES, Gate)
+        kinds |= dict.fromkeys(EXPERTS, Experts)
+        kinds |= dict.fromkeys(ATTENTION | OTHER_ATTENTION, Attention)
         self.part: Part = kinds.get(form, Norm)(form)
         self.last = nn.Linear(WIDTH, 3)
         self.to(dtype)
@@ -424,6 +468,62 @@ def test_pytorch_s_own_root_mean_square() -> None:
     assert node._raw_saved_self.unpack_hook is not None  # type: ignore[attr-defined]
 
 
+def operations(node: Any, seen: set[Any]) -> set[Any]:
+    """All that autograd knows to have led here."""
+    if node is not None and node not in seen:
+        seen.add(node)
+        for before, _ in node.next_functions:
+            operations(before, seen)
+    return seen
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "layer": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True),
+    "layer, batch second": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 32),
+    "attention": lambda: Whole(nn.MultiheadAttention(WIDTH, 2, 0.1, batch_first=True)),
+}
+
+
+class Whole(nn.Module):
+    """Attention that gives its weights, too."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, weights = self.attention(x, x, x)
+        return out + weights.mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_pytorch_s_own_attention(name: str) -> None:
+    """Fused in one operation, it has no such product where nothing is dropped."""
+    found = []
+    for gradients in ("dense", "streaming"):
+        torch.manual_seed(0)
+        model = nn.Sequential(LAYERS[name](), nn.Linear(WIDTH, 3))
+        tuner = attached(model, gradients)
+        optimizer = tuner.optimizer(torch.optim.AdamW, lr=1e-2)
+        for step in range(4):
+            torch.manual_seed(step)
+            loss = model(torch.randn(4, 5, WIDTH)).square().mean()
+            made = {
+                node.name()
+                for node in operations(loss.grad_fn, set())
+                for place in ("_raw_saved_self", "_raw_saved_mat1")
+                if getattr(getattr(node, place, None), "unpack_hook", None) is not None
+            }
+            assert not made or gradients == "streaming"
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((chosen(tuner), snapshot(model), made))
+    assert found[0][0] == found[1][0]
+    assert_same_state(found[0][1], found[1][1])
+    assert found[1][2] == {"BmmBackward0"} | ({"AddmmBackward0"} if "layer" in name else set())
+
+
 @pytest.mark.parametrize("form", ["llama", "gated"])
 def test_compiled_in_one_piece(form: str) -> None:
     model = Model(form)
@@ -478,6 +578,27 @@ def test_what_is_written_over_is_noticed() -> None:
         loss.backward()
 
 
+def test_what_is_written_over_is_backward_s_business() -> None:
+    """Who only runs forward may do so."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.halves, self.matrix = nn.Linear(6, 2 * WIDTH), plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, u = (half.exp() for half in self.halves(x).chunk(2, -1))
+            product = a * u
+            u += 1
+            return self.matrix(product)  # type: ignore[no-any-return]
+
+    model = Written()
+    attached(model)
+    out = model(inputs(0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def watched(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
 
@@ -509,6 +630,33 @@ def test_what_is_small_is_kept(form: str, gradients: str, monkeypatch: pytest.Mo
             optimizer.zero_grad()
         model(large).backward()
         optimizer.step()
+
+
+def test_what_is_repeated_is_let_be() -> None:
+    """It takes the room of one; in its own shape it is the product."""
+    x, y = torch.randn(2, 1, 5, WIDTH, requires_grad=True)
+    made = products.factors((x * y).expand(1, 5, WIDTH))
+    assert made is not None
+    assert same_bits(made[0](*made[1]), x * y)
+    assert products.factors((x * y).expand(3, 5, WIDTH)) is None
+
+
+@pytest.mark.parametrize("gradients", ["streaming", "sampled"])
+def test_small_attention_is_kept(gradients: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside an output that isn't small; and longer rows' later on."""
+    monkeypatch.setattr(products, "LEAST", 4 * 2 * 5 * 5 * 4)
+    model, short, long = Model("attention"), torch.randn(5, 4, 6), inputs(1)
+    optimizer = attached(model, gradients).optimizer(torch.optim.SGD, lr=1e-2)
+    for x in (short, long):
+        assert keeps(model, x) == (x is short)
+        optimizer.zero_grad()
+
+
+def test_what_nothing_was_dropped_in_is_looked_at_again() -> None:
+    model = Model("attention")
+    attached(model)
+    model.eval()(inputs(0))
+    assert not keeps(model.train(), inputs(0))
 
 
 def test_what_shows_none_is_let_be() -> None:

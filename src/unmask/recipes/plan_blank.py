@@ -136,7 +136,7 @@ class Fused(TorchFunctionMode):
         if func not in KEEPING:
             others = [part for x in others for part in _parts(x)]
         kept = [x.detach() for x in others]
-        return _Sampled.apply(out, kept, *own)  # type: ignore[no-untyped-call]
+        return _Tap.apply(out, kept, *own)  # type: ignore[no-untyped-call]
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
@@ -177,8 +177,9 @@ class _Grouped(torch.autograd.Function):
         return matrices.new_empty(ctx.rows), wanted, None
 
 
-class _Sampled(torch.autograd.Function):
-    """An operation's output, with what the parameters' gradients at few places follow from."""
+class _Tap(torch.autograd.Function):
+    """As `sampled._Tap`: an operation's output, with what the parameters' gradients at few places
+    follow from."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, kept: list[Tensor], *parameters: Tensor) -> Tensor:
