@@ -56,6 +56,10 @@ def gpt2(width: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]
     return {"n_embd": width, "n_layer": layers, "n_head": heads, "vocab_size": vocabulary}
 
 
+def bloom(width: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
+    return {"hidden_size": width, "n_layer": layers, "n_head": heads, "vocab_size": vocabulary}
+
+
 def t5(width: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
     """So many layers on each side."""
     sizes = {"d_model": width, "num_layers": layers, "num_heads": heads, "d_kv": width // heads}
@@ -86,6 +90,7 @@ MODELS: dict[str, tuple[str, Sizes, tuple[int, int, int, int]]] = {
     "Qwen3 40M": ("qwen3", qwen3, (512, 8, 8, 30_522)),
     "GPT-2 41M": ("gpt2", gpt2, (512, 8, 8, 30_522)),
     "DeBERTa-v2 41M": ("deberta-v2", deberta, (512, 8, 8, 30_522)),
+    "BLOOM 41M": ("bloom", bloom, (512, 8, 8, 30_522)),
     "T5 60M": ("t5", t5, (512, 6, 8, 30_522)),
     "BART 46M": ("bart", bart, (512, 4, 8, 30_522)),
 }
@@ -98,9 +103,10 @@ CASES = [
     ("Llama 40M", "fp32", 4, 256, ("streaming", "resting", "lora", "full")),
     ("Qwen3 40M", "fp32", 4, 256, ("streaming", "lora")),
     ("GPT-2 41M", "fp32", 32, 64, ("streaming", "lora")),
-    ("DeBERTa-v2 41M", "fp32", 4, 256, ("streaming",)),
+    ("DeBERTa-v2 41M", "fp32", 4, 256, ("streaming", "resting", "lora")),
+    ("BLOOM 41M", "fp32", 4, 256, ("streaming", "lora")),
     ("T5 60M", "fp32", 4, 256, ("streaming", "lora", "full")),
-    ("BART 46M", "fp32", 8, 128, ("streaming",)),
+    ("BART 46M", "fp32", 8, 128, ("streaming", "lora")),
     ("Mixtral 56M", "fp32", 4, 256, ("streaming", "lora")),
 ]
 
