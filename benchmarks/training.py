@@ -4,9 +4,9 @@ Each way to train has a process of its own, and takes its steps in turn with bar
 backward passes in another, so that whatever else the machine does hits both. ID3 is met in the
 middle of its run. Streaming has three pairs of processes.
 
-The C library is told to keep what is freed. Else it may give up to half of what a step takes back
-to the system, to ask for it again in the next: by where a process's memory happens to lie, that
-costs none of a step's time or some per cent of it, of bare passes' as well.
+The C library is told to keep what is freed. Else it may give memory back to the system after each
+step, to ask for it again in the next: by where a process's memory happens to lie, that costs none
+of a step's time or some per cent of it, of bare passes' as well.
 """
 
 from __future__ import annotations
