@@ -652,11 +652,19 @@ def test_small_attention_is_kept(gradients: str, monkeypatch: pytest.MonkeyPatch
         optimizer.zero_grad()
 
 
-def test_what_nothing_was_dropped_in_is_looked_at_again() -> None:
-    model = Model("attention")
+def test_what_nothing_was_dropped_in_is_looked_at_in_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = []
+    look = products._spare
+    monkeypatch.setattr(products, "_spare", lambda node: (looks.append(node), look(node))[1])
+    model = Model("attention").eval()
     attached(model)
-    model.eval()(inputs(0))
+    for _step in range(3):
+        model(inputs(0))
+    assert len(looks) == 4  # each module's output once
     assert not keeps(model.train(), inputs(0))
+    assert watched(model) == 1
 
 
 def test_what_shows_none_is_let_be() -> None:

@@ -100,16 +100,20 @@ def factors(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | Non
 
 
 def _look(module: nn.Module) -> Callable[[], None]:
-    """Look at this module's outputs, until one shows that there is no product in it."""
+    """Look at this module's outputs, until one shows that there is no product in it; while nothing
+    is dropped out, until the module is to be trained, as dropout makes products, too."""
 
-    def spare(module: nn.Module, _: None, output: Any) -> None:
+    def spare(module: nn.Module, shown: list[bool], output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         if not isinstance(output, Tensor) or output.nbytes < LEAST or transformed():
             return
-        if _spare(output.grad_fn) is False and module.training:  # dropout makes products, too
+        if module.training in shown or _spare(output.grad_fn) is not False:
+            return
+        shown.append(module.training)
+        if module.training:
             handle.remove()
 
-    handle = module.register_forward_hook(Hook(spare, None))
+    handle = module.register_forward_hook(Hook(spare, []))
     return handle.remove
 
 
