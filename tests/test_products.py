@@ -603,6 +603,21 @@ def watched(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
 
 
+def test_a_module_may_give_anything() -> None:
+    class Gives(nn.Module):
+        def __init__(self, output: Any) -> None:
+            super().__init__()
+            self.weight, self.output = nn.Parameter(torch.ones(2)), output
+
+        def forward(self) -> Any:
+            return self.output
+
+    for output in ((), [], {}, None, 3, (None, 1)):
+        model = Gives(output)
+        unmask.attach(model, unmask.id3(1), steps=1, gradients="streaming")
+        assert model() is output
+
+
 def test_what_could_keep_a_product_is_watched() -> None:
     """Not what isn't chosen from, nor PyTorch's norms and embeddings."""
     model = nn.Sequential(nn.Embedding(3, 6), Model("llama"), nn.LayerNorm(3))

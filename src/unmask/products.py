@@ -104,7 +104,7 @@ def _look(module: nn.Module) -> Callable[[], None]:
     is dropped out, until the module is to be trained, as dropout makes products, too."""
 
     def spare(module: nn.Module, shown: list[bool], output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(output, Tensor) or output.nbytes < LEAST or transformed():
             return
         if module.training in shown or _spare(output.grad_fn) is not False:
