@@ -54,6 +54,7 @@ ORDER = [
     "fresh",
     "course",
     "whole",
+    "heap",
     "algebra",
     "tuner",
     "integrations",

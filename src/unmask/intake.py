@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -122,13 +123,18 @@ class Intake:
     def watch(self) -> list[Callable[[], None]]:
         """Hear of every gradient that backward produces; returns what ends that."""
         handles = []
+        # Python can't see what a tensor's hook holds, so never frees a cycle through one.
+        intake = weakref.ref(self)
         for k, parameter in enumerate(self._eligible.tensors):
 
             def arrived(parameter: Tensor, k: int = k) -> None:
-                self._arrivals += 1
-                if self.streaming:
-                    with self._lock:
-                        self._stream(k, parameter)
+                this = intake()
+                if this is None:
+                    return
+                this._arrivals += 1
+                if this.streaming:
+                    with this._lock:
+                        this._stream(k, parameter)
 
             handles.append(parameter.register_post_accumulate_grad_hook(arrived))
         return [handle.remove for handle in handles]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unmask import products
+from unmask import heap, products
 from unmask.course import Course
 from unmask.delta import Delta, Sparse, fingerprint
 from unmask.draft import Draft
@@ -119,7 +119,9 @@ class Tuner:
         self._whole = WholeTensors(model, full, random_parts(model) if values is None else {})
         self._on_optimizer: list[Callable[[torch.optim.Optimizer], None]] = []
         hosted = self._driver.listen() if values is not None else [self._freezing()]
-        self._undo = [*hosted, *intake.watch()]  # what detach() takes back, last first
+        kept = [heap.keep(self)] if eligible.tensors[0].is_cpu else []
+        # What detach() takes back, last first.
+        self._undo: list[Callable[[], object]] = [*kept, *hosted, *intake.watch()]
         if intake.streaming:
             settles = self._settled if intake.sampled else None
             self._undo += Sampler(self.slots, intake, settles).watch(model)
