@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ with contextlib.suppress(ImportError):
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::unmask.UnmaskWarning"),
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument"),
     pytest.mark.filterwarnings("ignore:.*will be removed in v6.*:FutureWarning"),
 ]
 
@@ -89,28 +87,4 @@ def test_with_peft() -> None:
     refs = watched(model)
     assert alive(refs) == len(refs)
     del model, optimizer
-    assert not alive(refs)
-
-
-def test_with_a_trainer(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    from unmask.integrations.transformers import UnmaskCallback
-
-    model: Any = pretrained()
-    tuner = unmask.attach(model, unmask.id3(budget=40), gradients="streaming")
-    rows = [{"input_ids": torch.arange(i, i + 8), "labels": torch.tensor(i % 3)} for i in range(8)]
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            str(tmp_path), max_steps=2, report_to=[], save_strategy="no", disable_tqdm=True,
-            use_cpu=True,
-        ),
-        train_dataset=rows,
-        callbacks=[UnmaskCallback(tuner)],
-        optimizers=(tuner.optimizer(torch.optim.SGD, lr=1.0), None),
-    )  # fmt: skip
-    trainer.train()
-    assert tuner.step == 2
-    refs = watched(model)
-    del model, tuner, trainer
     assert not alive(refs)

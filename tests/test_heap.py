@@ -25,10 +25,10 @@ def resident():
     pages = int(open("/proc/self/statm").read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
-def used():
-    blocks = [library.malloc(1 << 22) for _ in range(32)]
+def used(size=1 << 22):
+    blocks = [library.malloc(size) for _ in range((1 << 27) // size)]
     for block in blocks:
-        ctypes.memset(block, 1, 1 << 22)
+        ctypes.memset(block, 1, size)
     for block in reversed(blocks):
         library.free(block)
     return resident()
@@ -56,15 +56,21 @@ def run(code: str, **environment: str) -> Any:
 
 @pytest.mark.parametrize("gradients", ["dense", "streaming", "sampled"])
 def test_freed_memory_stays_while_a_tuner_is_attached(gradients: str) -> None:
-    before, first, second, after = run(
+    before, first, second, after, later = run(
         f"one, other = attached(gradients={gradients!r}), attached()\n"
         "print(before, used())\n"
         "one.detach()\nprint(used())\n"
-        "other.detach()\nprint(resident())\n"
+        "other.detach()\nprint(resident(), used())\n"
     )
     assert first > before + 100
     assert second > before + 100, "another tuner is still at work"
     assert after < before + 50
+    assert later < before + 50
+
+
+def test_so_does_that_of_large_tensors() -> None:
+    before, first = run("tuner = attached()\nprint(before, used(1 << 24))\n")
+    assert first > before + 100
 
 
 def test_it_stays_no_longer_than_the_tuner_does() -> None:
